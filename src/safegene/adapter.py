@@ -1,0 +1,95 @@
+"""The adapter: a gated low-rank correction of the residual stream. Pure mathematics, no hooks, no I/O.
+
+    h ← where(g > 0, h + g · α · scale · B silu(A rms_norm(h) + a), h)        at every intervention layer
+
+A: d→r, B: r→d. `scale` is the base's typical residual size at that layer, so that B starts near 1 in every model.
+Computed in float32 and cast back; with g = 0 the residual is returned bit for bit.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from safegene.config import AdapterConfig
+from safegene.gate import Gate, normalise
+
+
+def intervene(hidden: Tensor, g: Tensor, down: Tensor, bias: Tensor, up: Tensor, strength: Tensor | float) -> Tensor:
+    """Apply one gated intervention.
+
+    Args:
+        hidden: residual [..., d], any float dtype; not changed in place.
+        g: gate value [..., 1], float32 in [0, 1].
+        down, bias, up: A [r, d], a [r], B [d, r], float32.
+        strength: α · scale.
+
+    Returns:
+        residual [..., d] in the dtype of `hidden`; where g is 0, exactly `hidden`.
+    """
+    code = F.silu(F.linear(normalise(hidden), down, bias)) * (g * strength)
+    # torch.where, not multiplication by g: 0 · NaN must not leak, and a closed gate must leave every bit alone.
+    return torch.where(g > 0, (hidden + F.linear(code, up)).to(hidden.dtype), hidden)
+
+
+class Intervention(nn.Module):
+    """Weights of the correction at one layer. Starts at zero effect (B = 0)."""
+
+    scale: Tensor
+
+    def __init__(self, hidden_size: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(rank, hidden_size) * hidden_size**-0.5)
+        self.bias = nn.Parameter(torch.zeros(rank))
+        self.up = nn.Parameter(torch.zeros(hidden_size, rank))
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, hidden: Tensor, g: Tensor, strength: Tensor | float = 1.0) -> Tensor:
+        """`intervene` with this layer's weights."""
+        return intervene(hidden, g, self.down, self.bias, self.up, self.scale * strength)
+
+
+class SafetyAdapter(nn.Module):
+    """Gate and interventions of one base model, and what calibration needs to know about that base.
+
+    Buffers:
+        anchor_mean, anchor_std: [gate layers, d], the gate's features over the anchors on the base model.
+        sketch: [matrices, projections], random projections of the base's weights (see `models.weight_sketch`).
+    """
+
+    anchor_mean: Tensor
+    anchor_std: Tensor
+    sketch: Tensor
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gate = Gate(len(config.gate_layers), config.hidden_size, config.gate_width)
+        self.interventions = nn.ModuleDict(
+            {str(layer): Intervention(config.hidden_size, config.rank) for layer in config.intervention_layers}
+        )
+        shape = (len(config.gate_layers), config.hidden_size)
+        self.register_buffer("anchor_mean", torch.zeros(shape))
+        self.register_buffer("anchor_std", torch.ones(shape))
+        self.register_buffer("sketch", torch.zeros(0, 0))
+
+    def parameter_count(self) -> int:
+        """Numbers that take part in inference: gate and interventions, without the base's statistics."""
+        return sum(p.numel() for p in self.parameters())
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> Self:
+        """Load from a folder, a shipped adapter's name or a hub id (see `safegene.hub.load`)."""
+        from safegene import hub
+
+        return hub.load(name, cls, revision=revision)
+
+    def save_pretrained(self, folder: str | Path, *, card: str | None = None) -> None:
+        """Write `safegene_config.json`, `safegene_model.safetensors` and `README.md` (see `safegene.hub.save`)."""
+        from safegene import hub
+
+        hub.save(self, Path(folder), card=card)
