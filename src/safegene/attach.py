@@ -1,0 +1,267 @@
+"""Attaching: the only file with hooks. In place, fail closed, gone again on `detach`."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safegene.adapter import SafetyAdapter, intervene
+from safegene.calibration import Calibration, calibrate
+from safegene.errors import AttachError, CalibrationError, DriftError, GateError
+from safegene.gate import open_hard, open_soft
+from safegene.models import decoder_layers, sketch_distance, tokenizer_digest, unwrap, weight_sketch, weights_digest
+
+MAX_DISTANCE = 0.7
+"""Relative weight distance (see `models.sketch_distance`) beyond which a model is no fine-tune of the base."""
+_MARK = "_safegene_handle"
+
+
+class _Pass(threading.local):
+    """What one forward pass hands up the layers. Per thread, overwritten by every pass: no request has any state."""
+
+    inner: Tensor | None = None
+    g: Tensor | None = None
+    failed: Tensor | None = None
+
+
+class Handle:
+    """An armed adapter on a model. Made by `attach`."""
+
+    def __init__(self, model: nn.Module, adapter: SafetyAdapter, calibration: Calibration) -> None:
+        self.model = model
+        self.adapter = adapter
+        self.calibration = calibration
+        self._pass = _Pass()
+        self._off = threading.local()
+        self._open: Callable[[Tensor], Tensor] = open_hard
+        self._peft_active = _active_peft(model)
+        self._hooks: list[Any] = []
+        self.record: list[Tensor] | None = None
+        self._arm()
+
+    def _arm(self) -> None:
+        config = self.adapter.config
+        layers = decoder_layers(self.model)
+        device = next(layers[config.gate_layers[-1]].parameters()).device
+        gate = self.adapter.gate.fold(
+            self.calibration.shift, self.calibration.scale, self.calibration.threshold, self.calibration.ramp
+        )
+        self._gate = gate.to(device)
+        self._weights = {}
+        for name, part in self.adapter.interventions.items():
+            where = next(layers[int(name)].parameters()).device
+            tensors = (part.down, part.bias, part.up)
+            moved = [t.detach().float().to(where) for t in tensors]
+            self._weights[int(name)] = (*moved, float(part.scale) * self.calibration.strength)
+        try:
+            for index, layer in enumerate(config.gate_layers):
+                self._hooks.append(layers[layer].register_forward_hook(self._gate_hook(index)))
+            for layer in config.intervention_layers:
+                self._hooks.append(layers[layer].register_forward_hook(self._intervention_hook(layer)))
+            outer = unwrap(self.model)
+            self._hooks.append(outer.register_forward_pre_hook(self._before))
+            self._hooks.append(outer.register_forward_hook(self._after))
+            expected = len(config.gate_layers) + len(config.intervention_layers) + 2
+            if len(self._hooks) != expected:
+                raise AttachError(f"Placed {len(self._hooks)} of {expected} hooks; nothing is armed, report this.")
+            setattr(outer, _MARK, self)
+        except BaseException:
+            self._unhook()
+            raise
+
+    def _gate_hook(self, index: int) -> Callable[..., None]:
+        last = index == len(self.adapter.config.gate_layers) - 1
+
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            if self.is_disabled:
+                return
+            hidden = output[0] if isinstance(output, tuple) else output
+            below = self._pass.inner if index else None
+            inner = self._gate.partial(hidden.to(self._gate.bias.device), index, below)
+            if not last:
+                self._pass.inner = inner
+                return
+            opening = self._gate.opening(inner)
+            self._pass.failed = opening.sum()  # NaN if any score is; looked at once, after the pass
+            self._pass.g = self._open(opening)
+            if self.record is not None:
+                self.record.append(opening.detach()[..., 0].cpu())
+
+        return hook
+
+    def _intervention_hook(self, layer: int) -> Callable[..., Any]:
+        down, bias, up, strength = self._weights[layer]
+
+        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+            if self.is_disabled:
+                return None
+            g = self._pass.g
+            if g is None:
+                raise GateError("The gate was not read in this pass; run the whole model, in one thread a pass.")
+            hidden = output[0] if isinstance(output, tuple) else output
+            changed = intervene(hidden, g.to(hidden.device), down, bias, up, strength)
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        return hook
+
+    def _before(self, _module: nn.Module, _args: Any) -> None:
+        self._pass.g = None
+        if _active_peft(self.model) != self._peft_active:
+            raise AttachError("The active PEFT adapters changed after attach; detach, then attach and calibrate again.")
+
+    def _after(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        if self.is_disabled or torch.compiler.is_compiling():
+            return
+        failed = self._pass.failed
+        if failed is not None and bool(torch.isnan(failed.detach())):
+            raise GateError("The gate's score is NaN; check the model's weights and inputs for NaN or overflow.")
+
+    @property
+    def is_disabled(self) -> bool:
+        """Whether this thread runs inside `disabled()`."""
+        return getattr(self._off, "depth", 0) > 0
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The unadapted model, exactly, in this thread; nests and survives exceptions."""
+        self._off.depth = getattr(self._off, "depth", 0) + 1
+        try:
+            yield
+        finally:
+            self._off.depth -= 1
+
+    @contextlib.contextmanager
+    def differentiable(self) -> Iterator[None]:
+        """A soft gate with gradients everywhere, for attacks; not for serving."""
+        self._open, before = open_soft, self._open
+        try:
+            yield
+        finally:
+            self._open = before
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[list[Tensor]]:
+        """Collect the gate's opening (s − τ) / w, [batch, positions], of every pass; not for compiled models."""
+        self.record = []
+        try:
+            yield self.record
+        finally:
+            self.record = None
+
+    def detach(self) -> None:
+        """Remove every hook; weights and logits are again what they were, bit for bit. Safe to call twice."""
+        self._unhook()
+        outer = unwrap(self.model)
+        if getattr(outer, _MARK, None) is self:
+            delattr(outer, _MARK)
+
+    def _unhook(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def status(self) -> dict[str, Any]:
+        """What is armed: layers, parameters, calibration and its report."""
+        config = self.adapter.config
+        return {
+            "armed": bool(self._hooks) and not self.is_disabled,
+            "base_model": config.base_model,
+            "gate_layers": list(config.gate_layers),
+            "intervention_layers": list(config.intervention_layers),
+            "parameters": self.adapter.parameter_count(),
+            "calibrated": self.calibration.checkpoint != "",
+            "threshold": self.calibration.threshold,
+            "strength": self.calibration.strength,
+            "report": self.calibration.report,
+        }
+
+
+def _active_peft(model: nn.Module) -> tuple[str, ...]:
+    if not hasattr(model, "peft_config"):
+        return ()
+    active = getattr(model, "active_adapters", ())
+    names = active() if callable(active) else active
+    disabled = any(getattr(m, "disable_adapters", False) is True for m in _lora_layers(model))
+    return ("(disabled)",) if disabled else tuple(sorted(names))
+
+
+def _lora_layers(model: nn.Module) -> Iterator[nn.Module]:
+    # One tuner layer is enough: PEFT switches all of them together, and this runs before every pass.
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            yield module
+            return
+
+
+def attach(
+    model: Any,
+    adapter: SafetyAdapter,
+    *,
+    tokenizer: Any = None,
+    calibration: Calibration | None = None,
+    allow_drift: bool = False,
+) -> Handle:
+    """Arm `adapter` on `model`, in place; the object keeps its class.
+
+    With a tokenizer it calibrates at once (forward passes only, seconds); with a calibration it uses that; with neither it
+    uses the base's thresholds, which a fine-tune may have outgrown: `handle.status()` says so.
+
+    Raises:
+        AttachError: wrong architecture, size, tokenizer or base; already attached. The model is left as it was.
+        DriftError: the model moved further than the adapter was trained for, and `allow_drift` is false.
+        CalibrationError: the calibration belongs to another checkpoint or adapter.
+    """
+    check(model, adapter, tokenizer)
+    distance = sketch_distance(adapter.sketch, weight_sketch(model)) if adapter.sketch.numel() else 0.0
+    if not distance <= MAX_DISTANCE and not allow_drift:
+        raise AttachError(
+            f"The model's weights lie {distance:.2f} from the base {adapter.config.base_model} (limit {MAX_DISTANCE}); "
+            "attach to a fine-tune of that base, or pass allow_drift=True."
+        )
+    if calibration is not None:
+        if calibration.adapter != adapter.config.weights_sha256:
+            raise CalibrationError("The calibration was made for another adapter; run safegene calibrate again.")
+        if calibration.checkpoint != weights_digest(model):
+            raise CalibrationError("The calibration was made for another checkpoint; run safegene calibrate again.")
+    elif tokenizer is not None:
+        calibration = calibrate(model, adapter, tokenizer)
+    else:
+        calibration = Calibration.of_base(adapter)
+    if calibration.outside and not allow_drift:
+        raise DriftError(f"{calibration.outside}; retrain the adapter for this model, or pass allow_drift=True.")
+    return Handle(model, adapter, calibration)
+
+
+def check(model: Any, adapter: SafetyAdapter, tokenizer: Any = None) -> None:
+    """Everything that can be checked without running the model.
+
+    Raises:
+        AttachError: with the first thing that does not fit.
+    """
+    config, base = adapter.config, unwrap(model)
+    if getattr(base, _MARK, None) is not None:
+        raise AttachError("An adapter is attached already; call handle.detach() first.")
+    text = base.config.get_text_config()
+    if text.model_type != config.architecture:
+        raise AttachError(
+            f"The adapter is for {config.architecture} models ({config.base_model}), this one is {text.model_type}; "
+            "use the adapter of this model's base."
+        )
+    if (text.hidden_size, text.num_hidden_layers) != (config.hidden_size, config.num_layers):
+        raise AttachError(
+            f"The adapter fits {config.num_layers} layers of {config.hidden_size} features, the model has "
+            f"{text.num_hidden_layers} of {text.hidden_size}; use the adapter of this model's base."
+        )
+    if len(decoder_layers(model)) != config.num_layers:
+        raise AttachError("The model's decoder layers do not match its config; load it again.")
+    if not next(model.parameters()).is_floating_point() and not hasattr(base, "hf_quantizer"):
+        raise AttachError("The model's weights are not floating point; load it in float32, bfloat16 or float16.")
+    if tokenizer is not None and config.tokenizer_digest and tokenizer_digest(tokenizer) != config.tokenizer_digest:
+        raise AttachError(f"The tokenizer differs from {config.base_model}'s; pass the one the model was tuned with.")
+    if any(not torch.isfinite(p).all() for p in adapter.parameters()):
+        raise AttachError("The adapter's weights hold NaN or infinity; fetch or train it again.")

