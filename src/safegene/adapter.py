@@ -83,13 +83,13 @@ class SafetyAdapter(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> Self:
-        """Load from a folder, a shipped adapter's name or a hub id (see `safegene.hub.load`)."""
+        """Load from a folder, a shipped adapter's name or a hub id (see `safegene.hub.load_adapter`)."""
         from safegene import hub
 
-        return hub.load(name, cls, revision=revision)
+        return hub.load_adapter(name, cls, revision=revision)
 
     def save_pretrained(self, folder: str | Path, *, card: str | None = None) -> None:
-        """Write `safegene_config.json`, `safegene_model.safetensors` and `README.md` (see `safegene.hub.save`)."""
+        """Write `safegene_config.json`, `safegene_model.safetensors` and `README.md` (see `safegene.hub.save_adapter`)."""
         from safegene import hub
 
-        hub.save(self, Path(folder), card=card)
+        hub.save_adapter(self, Path(folder), card=card)

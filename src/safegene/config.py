@@ -53,6 +53,8 @@ class AdapterConfig:
     """w: the gate is fully open at threshold + ramp."""
     strength: float = 1.0
     """α on the base model."""
+    boundary: tuple[float, float] = (-1.0, 1.0)
+    """(b, h) of the anchors' scores on the base model (see `safegene.calibration`)."""
     tokenizer_digest: str = ""
     anchors: tuple[Anchor, ...] = ()
     weights_sha256: str = ""
@@ -101,6 +103,8 @@ class AdapterConfig:
         try:
             values["gate_layers"] = tuple(int(layer) for layer in values["gate_layers"])
             values["intervention_layers"] = tuple(int(layer) for layer in values["intervention_layers"])
+            low, high = values.get("boundary", (-1.0, 1.0))
+            values["boundary"] = (float(low), float(high))
             values["anchors"] = tuple(Anchor(**anchor) for anchor in values.get("anchors", ()))
             return cls(**values)
         except (KeyError, TypeError, ValueError) as error:

@@ -1,0 +1,214 @@
+"""Calibration: find the gate's place again on a model that has drifted. Forward passes only.
+
+A fine-tune keeps the order of the gate's scores and loses their level (docs/log.md). So the labelled anchor prompts
+that travel with the adapter are read on the model, and
+
+    features    x' = (x − μ) σ_base / σ + μ_base                   mean and scale of every feature put back
+    threshold   τ = b + (τ_base − b_base) (h − b) / (h_base − b_base)
+
+where b is the upper end of the harmless anchors' scores (90 % quantile) and h the lower end of the harmful ones'
+(10 % quantile). The ramp w stretches by the same factor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from safegene.adapter import SafetyAdapter
+from safegene.config import Anchor
+from safegene.errors import CalibrationError
+from safegene.gate import normalise
+from safegene.models import decoder_layers, unwrap, weights_digest
+
+MIN_SEPARATION = 0.80
+"""Anchor AUC under which the gate can no longer tell harmful from harmless: the model is outside its training."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What attach needs to know about one checkpoint. `shift` and `scale` are [gate layers, d]."""
+
+    shift: Tensor
+    scale: Tensor
+    threshold: float
+    ramp: float
+    strength: float
+    adapter: str = ""
+    checkpoint: str = ""
+    outside: str = ""
+    report: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of_base(cls, adapter: SafetyAdapter) -> Self:
+        """The base model's own thresholds, features untouched."""
+        config = adapter.config
+        return cls(
+            shift=torch.zeros_like(adapter.anchor_mean),
+            scale=torch.ones_like(adapter.anchor_std),
+            threshold=config.threshold,
+            ramp=config.ramp,
+            strength=config.strength,
+            adapter=config.weights_sha256,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file; the numbers stand in its header as JSON."""
+        numbers = {k: getattr(self, k) for k in ("threshold", "ramp", "strength", "adapter", "checkpoint", "outside")}
+        header = {"safegene": json.dumps({**numbers, "report": self.report})}
+        save_file({"shift": self.shift.contiguous(), "scale": self.scale.contiguous()}, path, metadata=header)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            CalibrationError: missing, truncated, or not a calibration.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                numbers = json.loads(file.metadata()["safegene"])
+                return cls(shift=file.get_tensor("shift"), scale=file.get_tensor("scale"), **numbers)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CalibrationError(f"{path} is no calibration file ({error}); run safegene calibrate again.") from error
+
+
+def end_of_turn(tokenizer: Any, text: str, answer: str = "") -> tuple[list[int], int]:
+    """Token ids of a chat with one user turn, and the index of the first token after the user's words.
+
+    From that index on, through the template's tokens and the answer, the gate may open.
+    """
+    if tokenizer.chat_template is None:
+        raise CalibrationError("The tokenizer has no chat template; use an instruct model's tokenizer.")
+    chat = [{"role": "user", "content": text}]
+    rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    end = rendered.rfind(text.strip()) + len(text.strip())
+    encoded = tokenizer(rendered + answer, add_special_tokens=False, return_offsets_mapping=True)
+    start = next((i for i, (a, _) in enumerate(encoded["offset_mapping"]) if a >= end), len(encoded["input_ids"]) - 1)
+    return list(encoded["input_ids"]), start
+
+
+class _Reached(Exception):
+    """The last gate layer was read; the rest of the pass is not needed."""
+
+
+@torch.no_grad()
+def gate_features(
+    model: Any, layers: Sequence[int], sequences: Sequence[list[int]], pad: int, batch_size: int = 16
+) -> Iterator[tuple[int, Tensor]]:
+    """Read the gate's input, stopping each pass at the last gate layer.
+
+    Yields:
+        (index of the sequence, features [gate layers, positions, d]), shortest sequences first.
+    """
+    stack, outer = decoder_layers(model), unwrap(model)
+    device = next(model.parameters()).device
+    kept: list[Tensor] = []
+
+    def hook(_module: Any, _args: Any, output: Any) -> None:
+        kept.append(normalise(output[0] if isinstance(output, tuple) else output))
+        if len(kept) == len(layers):
+            raise _Reached
+
+    hooks = [stack[layer].register_forward_hook(hook) for layer in layers]
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    try:
+        for first in range(0, len(order), batch_size):
+            rows = order[first : first + batch_size]
+            longest = len(sequences[rows[-1]])
+            ids = torch.full((len(rows), longest), pad)
+            mask = torch.zeros((len(rows), longest), dtype=torch.long)
+            for r, i in enumerate(rows):  # right padding: a causal model's real positions do not see it
+                ids[r, : len(sequences[i])] = torch.tensor(sequences[i])
+                mask[r, : len(sequences[i])] = 1
+            kept.clear()
+            try:
+                outer(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+            except _Reached:
+                features = torch.stack([k.cpu() for k in kept])
+            for r, i in enumerate(rows):
+                yield i, features[:, r, : len(sequences[i])]
+    finally:
+        for h in hooks:
+            h.remove()
+
+
+def read_anchors(
+    model: Any, layers: Sequence[int], tokenizer: Any, anchors: Sequence[Anchor]
+) -> tuple[list[Tensor], Tensor]:
+    """Features of every anchor from the end of the user's turn on, [layers, positions, d] each, and the labels
+    (1 harmful, 0 harmless), in the anchors' order."""
+    ends = [end_of_turn(tokenizer, a.text, a.answer) for a in anchors]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    read: dict[int, Tensor] = {}
+    for i, features in gate_features(model, layers, [ids for ids, _ in ends], pad or 0):
+        read[i] = features[:, ends[i][1] :]
+    return [read[i] for i in range(len(anchors))], torch.tensor([a.label == "harmful" for a in anchors])
+
+
+def feature_statistics(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation over all anchors' positions, [layers, d] each."""
+    pooled = torch.cat(list(features), dim=1)
+    return pooled.mean(1), pooled.std(1).clamp_min(1e-4)
+
+
+def anchor_scores(adapter: SafetyAdapter, features: Sequence[Tensor], shift: Tensor, scale: Tensor) -> Tensor:
+    """Highest score of every anchor, [anchors]."""
+    with torch.no_grad():
+        return torch.stack(
+            [adapter.gate.score(list((f - shift[:, None]) * scale[:, None])).max() for f in features]
+        )
+
+
+def boundary(scores: Tensor, harmful: Tensor) -> tuple[float, float]:
+    """(b, h): 90 % quantile of the harmless scores, 10 % quantile of the harmful ones."""
+    return float(scores[~harmful].quantile(0.9)), float(scores[harmful].quantile(0.1))
+
+
+def calibrate(model: Any, adapter: SafetyAdapter, tokenizer: Any) -> Calibration:
+    """Read the anchors on `model` and set the gate for it.
+
+    Raises:
+        CalibrationError: the adapter carries no anchors of both kinds, or the model's features are NaN.
+    """
+    config = adapter.config
+    labels = {a.label for a in config.anchors}
+    if "harmful" not in labels or len(labels) < 2:
+        raise CalibrationError("The adapter carries no labelled anchors; train it again, or attach without tokenizer.")
+    features, harmful = read_anchors(model, config.gate_layers, tokenizer, config.anchors)
+    mean, std = feature_statistics(features)
+    if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
+        raise CalibrationError("The model's hidden states hold NaN or infinity; check its weights.")
+    scale = adapter.anchor_std / std
+    shift = mean - adapter.anchor_mean / scale
+    scores = anchor_scores(adapter, features, shift, scale)
+    low, high = boundary(scores, harmful)
+    base_low, base_high = config.boundary
+    stretch = max((high - low) / max(base_high - base_low, 1e-6), 0.25)
+    threshold = low + (config.threshold - base_low) * stretch
+    pairs = scores[harmful][:, None] - scores[~harmful][None]
+    auc = float((pairs > 0).float().mean() + 0.5 * (pairs == 0).float().mean())
+    report = {
+        "feature_shift": float(((mean - adapter.anchor_mean) / adapter.anchor_std).abs().mean()),
+        "feature_scale": float(torch.log(std / adapter.anchor_std).abs().mean().exp()),
+        "threshold_shift": threshold - config.threshold,
+        "anchor_auc": auc,
+        "expected_misses": float((scores[harmful] <= threshold).float().mean()),
+        "expected_false_alarms": float((scores[~harmful] > threshold).float().mean()),
+        "anchors": float(len(features)),
+    }
+    outside = ""
+    if auc < MIN_SEPARATION:
+        outside = f"The gate no longer tells harmful from harmless here (anchor AUC {auc:.2f} < {MIN_SEPARATION})"
+    return Calibration(
+        shift, scale, threshold, config.ramp * stretch, config.strength,
+        adapter=config.weights_sha256, checkpoint=weights_digest(model), outside=outside, report=report,
+    )  # fmt: skip
