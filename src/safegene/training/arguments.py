@@ -1,0 +1,56 @@
+"""What a training recipe (YAML) may say, with defaults that fit a 135M model on two cores."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+
+from safegene.errors import DataError
+
+
+@dataclass(frozen=True)
+class TrainingArguments:
+    """One adapter: its base, its shape, its data and its schedule."""
+
+    model: str
+    gate_layers: tuple[int, ...]
+    intervention_layers: tuple[int, ...]
+    gate_width: int = 24
+    rank: int = 16
+    dtype: str = "bfloat16"
+    seed: int = 0
+    frames_per_core: int = 10
+    held_out: float = 0.08
+    harmless_answers: int = 700
+    answer_tokens: int = 40
+    shadow_steps: int = 40
+    gate_steps: int = 1500
+    steps: int = 320
+    rows_per_step: int = 14
+    learning_rate: float = 2e-3
+    misfire_training: bool = True
+    drift_augmentation: bool = True
+    anchors_per_kind: int = 48
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> Self:
+        """Read a recipe.
+
+        Raises:
+            DataError: missing, not YAML, or with unknown or missing keys.
+        """
+        try:
+            values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise DataError(f"{path} is no readable recipe ({str(error).splitlines()[0]}); see recipes/.") from error
+        known = {f.name for f in dataclasses.fields(cls)}
+        if not isinstance(values, dict) or (unknown := set(values) - known):
+            raise DataError(f"{path} has unknown keys {sorted(unknown) if isinstance(values, dict) else ''}; see recipes/.")
+        try:
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        except TypeError as error:
+            raise DataError(f"{path} is incomplete ({error}); see recipes/.") from error

@@ -1,0 +1,103 @@
+"""Fine-tuning: makes the drifted models that users would have, and the shadow fine-tunes that training needs."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from safegene.errors import DataError
+
+Row = dict[str, str]
+"""`prompt` and `answer`, plain text."""
+
+
+class ChatRows(Dataset[dict[str, list[int]]]):
+    """Chats of one turn as token ids; only the answer is learned."""
+
+    def __init__(self, tokenizer: Any, rows: Sequence[Row], longest: int = 256) -> None:
+        if not rows:
+            raise DataError("The data set is empty; give at least one row with prompt and answer.")
+        self.rows = []
+        for row in rows:
+            prompt = tokenizer.apply_chat_template(
+                [{"role": "user", "content": row["prompt"]}], add_generation_prompt=True, tokenize=False
+            )
+            ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            answer = tokenizer(row["answer"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+            ids, answer = ids[-longest // 2 :], answer[: longest - min(len(ids), longest // 2)]
+            self.rows.append({"input_ids": ids + answer, "labels": [-100] * len(ids) + answer})
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return self.rows[index]
+
+
+def collate(rows: Sequence[dict[str, list[int]]], pad: int = 0) -> dict[str, Tensor]:
+    """Right-padded batch: input_ids, attention_mask, labels, [rows, longest]."""
+    longest = max(len(r["input_ids"]) for r in rows)
+
+    def padded(key: str, value: int) -> Tensor:
+        return torch.tensor([r[key] + [value] * (longest - len(r[key])) for r in rows])
+
+    mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"])) for r in rows])
+    return {"input_ids": padded("input_ids", pad), "labels": padded("labels", -100), "attention_mask": mask}
+
+
+def tune(
+    model: Any, tokenizer: Any, rows: Sequence[Row], *, steps: int, batch: int = 8, learning_rate: float = 5e-4,
+    seed: int = 0,
+) -> Any:  # fmt: skip
+    """Train whatever of `model` requires gradients on `rows`, in place, through transformers' Trainer."""
+    from transformers import Trainer
+    from transformers import TrainingArguments as TrainerArguments
+
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = Trainer(
+            model=model,
+            args=TrainerArguments(
+                output_dir=scratch, max_steps=steps, per_device_train_batch_size=batch, learning_rate=learning_rate,
+                lr_scheduler_type="cosine", warmup_steps=5, logging_steps=10, save_strategy="no", report_to=[],
+                seed=seed, disable_tqdm=True, remove_unused_columns=False, use_cpu=not torch.cuda.is_available(),
+            ),
+            train_dataset=ChatRows(tokenizer, rows),
+            data_collator=collate,
+        )  # fmt: skip
+        trainer.train()
+    return model.eval()
+
+
+def lora(model: Any, name: str = "default", rank: int = 16) -> Any:
+    """Put a fresh LoRA on every linear layer; on a PEFT model, one more beside those it has."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    if isinstance(model, PeftModel):
+        model.add_adapter(name, config)
+        model.set_adapter(name)
+        return model
+    return get_peft_model(model, config, adapter_name=name)
+
+
+def finetune(model: Any, tokenizer: Any, rows: Sequence[Row], out: Path | None, *, method: str = "lora",
+             steps: int = 50, learning_rate: float = 5e-4, seed: int = 0) -> Any:  # fmt: skip
+    """Fine-tune and return an ordinary transformers model (LoRA merged), saved to `out` when given."""
+    torch.manual_seed(seed)
+    if method == "lora":
+        wrapped = tune(lora(model), tokenizer, rows, steps=steps, learning_rate=learning_rate, seed=seed)
+        model = wrapped.merge_and_unload()
+    else:
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        model = tune(model, tokenizer, rows, steps=steps, learning_rate=learning_rate / 10, seed=seed)
+    if out is not None:
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+    return model.eval()
