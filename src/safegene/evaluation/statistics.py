@@ -1,0 +1,44 @@
+"""Rates with intervals, and paired tests. The arithmetic is statsmodels'."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.proportion import proportion_confint
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share with its 95 % Wilson interval."""
+
+    value: float
+    n: int
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}], n = {self.n}"
+
+
+def rate(outcomes: Sequence[bool]) -> Rate:
+    """Share of True.
+
+    Raises:
+        ValueError: no outcomes.
+    """
+    n = len(outcomes)
+    if n == 0:
+        raise ValueError("A rate needs at least one outcome; the data set is empty.")
+    hits = sum(outcomes)
+    low, high = proportion_confint(hits, n, method="wilson")
+    return Rate(hits / n, n, float(low), float(high))
+
+
+def paired_p(before: Sequence[bool], after: Sequence[bool]) -> float:
+    """Exact McNemar test of two outcomes on the same prompts: p that they differ by chance."""
+    both = [[0, 0], [0, 0]]
+    for a, b in zip(before, after, strict=True):
+        both[a][b] += 1
+    return float(mcnemar(both, exact=True).pvalue)
