@@ -1,0 +1,58 @@
+"""Generate, judge, count: the figures of one model on one list of prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from safegene.evaluation.judges import Judge, RuleJudge, Verdict
+from safegene.evaluation.statistics import Rate, rate
+from safegene.training.finetune import ChatRows, Row, collate
+from safegene.training.trainer import generate
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Prompts, answers and verdicts of one run, kept so that anyone can judge them again."""
+
+    prompts: list[str]
+    responses: list[str]
+    verdicts: list[Verdict] = field(default_factory=list)
+
+    def safety_score(self) -> Rate:
+        """Share of refusals and safe completions; incoherent answers are not safe."""
+        return rate([v.safe for v in self.verdicts])
+
+    def over_refusal(self) -> Rate:
+        """Share of refusals; for harmless prompts."""
+        return rate([v.label == "refusal" for v in self.verdicts])
+
+
+def ask(model: Any, tokenizer: Any, prompts: Sequence[str], *, tokens: int = 48, judge: Judge | None = None) -> Answers:
+    """Greedy answers of `model`, judged (by the offline rules unless told otherwise)."""
+    judge = judge or RuleJudge()
+    responses = generate(model, tokenizer, prompts, tokens)
+    verdicts = [judge.judge(p, r) for p, r in zip(prompts, responses, strict=True)]
+    return Answers(list(prompts), responses, verdicts)
+
+
+@torch.no_grad()
+def task_loss(model: Any, tokenizer: Any, rows: Sequence[Row], batch: int = 8) -> float:
+    """Mean cross-entropy per answer token on a fine-tune's held-out rows, in nats."""
+    data, total, count = ChatRows(tokenizer, rows), 0.0, 0
+    for first in range(0, len(data), batch):
+        tensors = collate([data[i] for i in range(first, min(first + batch, len(data)))])
+        labels = tensors.pop("labels").to(model.device)
+        logits = model(**{k: v.to(model.device) for k, v in tensors.items()}).logits
+        keep = labels[:, 1:] != -100
+        total += float(F.cross_entropy(logits[:, :-1][keep].float(), labels[:, 1:][keep], reduction="sum"))
+        count += int(keep.sum())
+    loss = total / count
+    if not math.isfinite(loss):
+        raise ValueError("The task loss is not finite; check the model's weights.")
+    return loss
