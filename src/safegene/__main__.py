@@ -1,0 +1,3 @@
+from safegene.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,42 @@
+"""The command line: one file a verb, each imported only when it runs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+VERBS = {
+    "demo": "fine-tune a model on the spot and give it its safety back",
+    "models": "list the models and adapters that are here",
+    "train": "train an adapter on a frozen base model",
+    "calibrate": "measure drift and write a calibration file for a fine-tune",
+    "finetune": "make a fine-tune",
+}
+_HELP = "usage: safegene VERB [options]\n\n{}\n\nsafegene VERB --help tells a verb's options; safegene --version the version."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 0 fine, 1 failed or a threshold missed, 2 usage.
+
+    Verbs are looked up before anything heavy is imported, so that --help answers at once.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] in (["--version"], ["-V"]):
+        from safegene import __version__
+
+        print(__version__)
+        return 0
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_HELP.format("\n".join(f"  {verb:<10} {text}" for verb, text in VERBS.items())))
+        return 0 if arguments else 2
+    if arguments[0] not in VERBS:
+        print(f"safegene: no verb '{arguments[0]}'; try one of {', '.join(VERBS)}.", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f"safegene.cli.{arguments[0]}")
+    from safegene.cli._run import run
+
+    return run(arguments[0], module.command, arguments[1:])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

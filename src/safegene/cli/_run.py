@@ -1,0 +1,45 @@
+"""Running a verb: one clear line for every error, exit codes, a progress line on stderr."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from safegene.errors import SafegeneError
+
+stderr = Console(stderr=True)
+
+
+def run(verb: str, command: Callable[..., None], arguments: list[str]) -> int:
+    """Run `command` through typer; returns the exit code."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command)
+    # transformers' own bars and advice would drown ours, and stdout belongs to results.
+    warnings.filterwarnings("ignore", module=r"(transformers|torch|peft|accelerate)\..*")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    try:
+        code: Any = app(arguments, prog_name=f"safegene {verb}", standalone_mode=False)
+        return int(code or 0)
+    except SafegeneError as error:
+        print(f"safegene: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("safegene: interrupted; run the same command again to go on.", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"safegene: {error}; check path, permissions and free space.", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
+            print(f"safegene {verb}: {error.format_message()} See safegene {verb} --help.", file=sys.stderr)
+            return 2
+        raise
