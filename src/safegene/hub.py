@@ -101,3 +101,8 @@ def load_adapter(name: str | Path, cls: type[A], *, revision: str | None = None)
     if any(not torch.isfinite(t).all() for t in tensors.values()):
         raise AdapterFileError(f"{weights} holds NaN or infinity; fetch the adapter again.")
     return adapter.eval().requires_grad_(False)
+
+
+def load_config(name: str | Path) -> AdapterConfig:
+    """Only the configuration of an adapter (see `folder_of` for names)."""
+    return AdapterConfig.from_file(folder_of(name) / CONFIG_NAME)
