@@ -1,0 +1,88 @@
+"""Tiny random models of every architecture, a byte tokenizer with a chat template, random adapters."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from safegene.adapter import SafetyAdapter
+from safegene.config import AdapterConfig, Anchor
+from safegene.models import tokenizer_digest, weight_sketch
+
+SIZE = dict(
+    vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=4,
+    max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+GQA = dict(num_key_value_heads=2, head_dim=8)
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**SIZE, **GQA),
+    "mistral": lambda: MistralConfig(**SIZE, **GQA),
+    "qwen2": lambda: Qwen2Config(**SIZE, num_key_value_heads=2),
+    "qwen3": lambda: Qwen3Config(**SIZE, **GQA),
+    "gemma2": lambda: Gemma2Config(**SIZE, **GQA),
+    "gemma3": lambda: Gemma3TextConfig(**SIZE, **GQA),
+    "phi3": lambda: Phi3Config(**SIZE, num_key_value_heads=2),
+    "gpt_neox": lambda: GPTNeoXConfig(**SIZE),
+    "mixtral": lambda: MixtralConfig(**SIZE, **GQA, num_local_experts=4, num_experts_per_tok=2),
+}
+
+
+def tiny(name: str = "llama") -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIGS[name]()).eval().float()
+
+
+def random_adapter(model: Any, tokenizer: Any = None, threshold: float = 0.0, anchors: tuple[Anchor, ...] = ()) -> SafetyAdapter:
+    torch.manual_seed(1)
+    text = model.config.get_text_config()
+    adapter = SafetyAdapter(
+        AdapterConfig(
+            base_model="tiny", architecture=text.model_type, hidden_size=text.hidden_size, num_layers=5,
+            gate_layers=(1, 2), intervention_layers=(2, 3), gate_width=6, rank=4, threshold=threshold, anchors=anchors,
+            tokenizer_digest=tokenizer_digest(tokenizer) if tokenizer else "",
+        )
+    )  # fmt: skip
+    for part in adapter.interventions.values():
+        torch.nn.init.normal_(part.up, std=2.0)
+    adapter.sketch = weight_sketch(model)
+    return adapter.requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    fast.padding_side = "left"
+    fast.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<s>{% endfor %}"
+        "{% if add_generation_prompt %}[bot]{% endif %}"
+    )
+    return fast
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(3, 300, (3, 9), generator=torch.Generator().manual_seed(2))
