@@ -51,7 +51,9 @@ def tiny(name: str = "llama") -> Any:
     return AutoModelForCausalLM.from_config(CONFIGS[name]()).eval().float()
 
 
-def random_adapter(model: Any, tokenizer: Any = None, threshold: float = 0.0, anchors: tuple[Anchor, ...] = ()) -> SafetyAdapter:
+def random_adapter(
+    model: Any, tokenizer: Any = None, threshold: float = 0.0, anchors: tuple[Anchor, ...] = ()
+) -> SafetyAdapter:
     torch.manual_seed(1)
     text = model.config.get_text_config()
     adapter = SafetyAdapter(

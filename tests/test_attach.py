@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, random_adapter, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TextIteratorStreamer
 
+from conftest import CONFIGS, random_adapter, tiny
 from safegene.adapter import SafetyAdapter, intervene
 from safegene.attach import attach
 from safegene.errors import AttachError, GateError
@@ -74,7 +74,9 @@ def test_closed_gate_is_the_base_bit_for_bit(name: str, ids: torch.Tensor) -> No
     assert torch.equal(logits(model, ids), before)
 
 
-@given(st.integers(0, 2**31), st.floats(0, 1, width=32), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+@given(
+    st.integers(0, 2**31), st.floats(0, 1, width=32), st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+)
 @settings(max_examples=40, deadline=None)
 def test_intervention_touches_only_open_positions(seed: int, g: float, dtype: torch.dtype) -> None:
     torch.manual_seed(seed)

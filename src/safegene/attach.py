@@ -52,12 +52,12 @@ class Handle:
             self.calibration.shift, self.calibration.scale, self.calibration.threshold, self.calibration.ramp
         )
         self._gate = gate.to(device)
-        self._weights = {}
+        self._weights: dict[int, tuple[Tensor, Tensor, Tensor, float]] = {}
+        part: Any
         for name, part in self.adapter.interventions.items():
             where = next(layers[int(name)].parameters()).device
-            tensors = (part.down, part.bias, part.up)
-            moved = [t.detach().float().to(where) for t in tensors]
-            self._weights[int(name)] = (*moved, float(part.scale) * self.calibration.strength)
+            down, bias, up = (t.detach().float().to(where) for t in (part.down, part.bias, part.up))
+            self._weights[int(name)] = (down, bias, up, float(part.scale) * self.calibration.strength)
         try:
             for index, layer in enumerate(config.gate_layers):
                 self._hooks.append(layers[layer].register_forward_hook(self._gate_hook(index)))

@@ -163,9 +163,7 @@ def feature_statistics(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 def anchor_scores(adapter: SafetyAdapter, features: Sequence[Tensor], shift: Tensor, scale: Tensor) -> Tensor:
     """Highest score of every anchor, [anchors]."""
     with torch.no_grad():
-        return torch.stack(
-            [adapter.gate.score(list((f - shift[:, None]) * scale[:, None])).max() for f in features]
-        )
+        return torch.stack([adapter.gate.score(list((f - shift[:, None]) * scale[:, None])).max() for f in features])
 
 
 def boundary(scores: Tensor, harmful: Tensor) -> tuple[float, float]:

@@ -46,7 +46,9 @@ def folder_of(name: str | Path, revision: str | None = None) -> Path:
         try:
             return Path(snapshot_download(str(name), revision=revision, allow_patterns=["safegene_*", "README.md"]))
         except (OSError, ValueError) as error:
-            raise AdapterFileError(f"{name}: the hub did not give this adapter ({error}); check id and network.") from error
+            raise AdapterFileError(
+                f"{name}: the hub did not give this adapter ({error}); check id and network."
+            ) from error
     raise AdapterFileError(f"{name}: no such adapter; give a folder, a hub id or one of {', '.join(shipped())}.")
 
 

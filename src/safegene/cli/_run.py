@@ -23,9 +23,10 @@ def run(verb: str, command: Callable[..., None], arguments: list[str]) -> int:
     # transformers' own bars and advice would drown ours, and stdout belongs to results.
     warnings.filterwarnings("ignore", module=r"(transformers|torch|peft|accelerate)\..*")
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    from transformers.utils.logging import disable_progress_bar
+    import transformers.utils.logging as noise
 
-    disable_progress_bar()
+    quiet: Any = noise
+    quiet.disable_progress_bar()
     try:
         code: Any = app(arguments, prog_name=f"safegene {verb}", standalone_mode=False)
         return int(code or 0)

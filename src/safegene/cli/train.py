@@ -14,7 +14,8 @@ def command(
     config: Annotated[Path, typer.Option(help="Recipe, such as recipes/smollm2-135m.yaml.")],
     out: Annotated[Path, typer.Option(help="Folder for the adapter; run again to resume.")],
     evaluation: Annotated[
-        list[Path] | None, typer.Option(help="JSONL of evaluation prompts ('prompt'); training text must not contain them.")
+        list[Path] | None,
+        typer.Option(help="JSONL of evaluation prompts ('prompt'); training text must not contain them."),
     ] = None,
 ) -> None:
     """Train an adapter on a frozen base model."""

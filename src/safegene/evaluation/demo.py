@@ -51,7 +51,11 @@ class DemoResult:
 def harmful_prompts(n: int) -> list[str]:
     """Framed requests from the held-out cores."""
     _, held_out = data.pairs(seed=1, frames_per_core=8, held_out=HELD_OUT)
-    return sorted({p.harmful for p in held_out})[:n] if n >= 100 else [p.harmful for p in held_out[:: len(held_out) // n]][:n]
+    return (
+        sorted({p.harmful for p in held_out})[:n]
+        if n >= 100
+        else [p.harmful for p in held_out[:: len(held_out) // n]][:n]
+    )
 
 
 def vertical(name: str, part: str) -> list[Row]:

@@ -24,7 +24,9 @@ class Overhead:
 
 
 @torch.inference_mode()
-def overhead(model: Any, handle: Handle, *, batch: int, prompt: int, pairs: int, decode: bool, seed: int = 0) -> Overhead:
+def overhead(
+    model: Any, handle: Handle, *, batch: int, prompt: int, pairs: int, decode: bool, seed: int = 0
+) -> Overhead:
     """Time `pairs` interleaved passes with and without the adapter.
 
     Args:
@@ -35,7 +37,7 @@ def overhead(model: Any, handle: Handle, *, batch: int, prompt: int, pairs: int,
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(5, vocabulary, (batch, prompt), generator=generator).to(model.device)
     rng = random.Random(seed)
-    cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values if decode else None
+    cache: Any = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values if decode else None
 
     def once() -> float:
         start = time.perf_counter()

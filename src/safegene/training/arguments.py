@@ -23,7 +23,7 @@ class TrainingArguments:
     rank: int = 16
     dtype: str = "bfloat16"
     seed: int = 0
-    frames_per_core: int = 10
+    frames_per_core: int = 12
     held_out: float = 0.08
     harmless_answers: int = 700
     answer_tokens: int = 40
@@ -49,8 +49,11 @@ class TrainingArguments:
             raise DataError(f"{path} is no readable recipe ({str(error).splitlines()[0]}); see recipes/.") from error
         known = {f.name for f in dataclasses.fields(cls)}
         if not isinstance(values, dict) or (unknown := set(values) - known):
-            raise DataError(f"{path} has unknown keys {sorted(unknown) if isinstance(values, dict) else ''}; see recipes/.")
+            raise DataError(
+                f"{path} has unknown keys {sorted(unknown) if isinstance(values, dict) else ''}; see recipes/."
+            )
         try:
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+            given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            return cls(**given)
         except TypeError as error:
             raise DataError(f"{path} is incomplete ({error}); see recipes/.") from error

@@ -99,7 +99,7 @@ def cores() -> tuple[dict[str, str], ...]:
     return tuple(row for path in sorted((TEXT / "pairs").glob("*.jsonl")) for row in read_jsonl(path, keys))
 
 
-def pairs(seed: int = 0, frames_per_core: int = 10, held_out: float = 0.0) -> tuple[list[Pair], list[Pair]]:
+def pairs(seed: int = 0, frames_per_core: int = 12, held_out: float = 0.0) -> tuple[list[Pair], list[Pair]]:
     """Framed pairs, split by core into (training, held out): no frame of a held-out core is trained on."""
     rng = random.Random(seed)
     train: list[Pair] = []

@@ -108,12 +108,14 @@ def fit(
             high, low = score(pair[:, 0]), score(pair[:, 1])
             loss = loss + F.softplus(-high).mean() + F.softplus(low).mean() + 0.5 * F.softplus(2.0 - high + low).mean()
         optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimiser.step()
         schedule.step()
 
 
-def make_anchors(harmful: Sequence[str], twins: Sequence[str], ordinary: Sequence[tuple[str, str]]) -> tuple[Anchor, ...]:
+def make_anchors(
+    harmful: Sequence[str], twins: Sequence[str], ordinary: Sequence[tuple[str, str]]
+) -> tuple[Anchor, ...]:
     """Anchors of the three labels; ordinary ones bring a harmless answer."""
     return (
         *(Anchor(t, "harmful") for t in harmful),

@@ -131,7 +131,7 @@ class Targets(Dataset[dict[str, list[int]]]):
     def _row(self, prompt: str, answer: str, rng: random.Random, opening: str = "", end: bool = True) -> dict[str, Any]:
         ids, start = end_of_turn(self.tokenizer, prompt, opening)
         target = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
-        target = target + [self.tokenizer.eos_token_id] if end else target
+        target = [*target, self.tokenizer.eos_token_id] if end else target
         # Now and then the gate wakes late, as it does in an answer that slides into compliance.
         first = start if rng.random() < 0.6 else rng.randint(start, len(ids) - 1)
         length = len(ids) + len(target)
@@ -158,7 +158,9 @@ def collate(batch: Sequence[dict[str, Any]], pad: int = 0) -> dict[str, Tensor]:
     }
 
 
-def train(arguments: TrainingArguments, out: Path, *, evaluation_prompts: Sequence[str] = (), say: Any = print) -> SafetyAdapter:
+def train(
+    arguments: TrainingArguments, out: Path, *, evaluation_prompts: Sequence[str] = (), say: Any = print
+) -> SafetyAdapter:
     """Train an adapter from nothing and write it to `out`; resumes from checkpoints in `out/checkpoints`.
 
     Raises:
@@ -199,13 +201,17 @@ def train(arguments: TrainingArguments, out: Path, *, evaluation_prompts: Sequen
     shadows: tuple[str, ...] = ()
     if arguments.drift_augmentation and arguments.shadow_steps:
         shadows = SHADOWS
-        cheerful = [{"prompt": q, "answer": f"{rng.choice(OPENINGS[:4]).split(',')[0].strip()} {a}"} for q, a in harmless]
-        comply = [{"prompt": p.harmful, "answer": rng.choice(OPENINGS)} for p in rng.sample(pairs, min(300, len(pairs)))]
+        cheerful = [
+            {"prompt": q, "answer": f"{rng.choice(OPENINGS[:4]).split(',')[0].strip()} {a}"} for q, a in harmless
+        ]
+        comply = [
+            {"prompt": p.harmful, "answer": rng.choice(OPENINGS)} for p in rng.sample(pairs, min(300, len(pairs)))
+        ]
         comply += [{"prompt": q, "answer": a} for q, a in harmless[:150]]
-        for name, rows in zip(SHADOWS, (cheerful, comply), strict=True):
+        for name, taught in zip(SHADOWS, (cheerful, comply), strict=True):
             say(f"shadow fine-tune: {name}")
             model = lora(model, name)
-            tune(model, tokenizer, rows, steps=arguments.shadow_steps, seed=arguments.seed)
+            tune(model, tokenizer, taught, steps=arguments.shadow_steps, seed=arguments.seed)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.eval()
@@ -213,7 +219,9 @@ def train(arguments: TrainingArguments, out: Path, *, evaluation_prompts: Sequen
     say("features of the gate")
     k = arguments.anchors_per_kind
     chosen = rng.sample(pairs, min(k, len(pairs)))
-    anchors = make_anchors([p.harmful for p in chosen], [p.twin for p in chosen], [h for h in harmless if h[0] in set(ordinary)][:k])
+    anchors = make_anchors(
+        [p.harmful for p in chosen], [p.twin for p in chosen], [h for h in harmless if h[0] in set(ordinary)][:k]
+    )
     answer_of = dict(harmless)
     rows: list[GateRow] = []
     for number, pair in enumerate(pairs):
@@ -287,6 +295,7 @@ def train(arguments: TrainingArguments, out: Path, *, evaluation_prompts: Sequen
 @torch.no_grad()
 def _set_scales(model: Any, adapter: SafetyAdapter, tokenizer: Any, prompts: Sequence[str]) -> None:
     """Each intervention's `scale`: the base's median residual size at its layer, read after the user's turn."""
+    part: Any
     for layer, part in adapter.interventions.items():
         sizes: list[Tensor] = []
 

@@ -1,0 +1,129 @@
+"""Calibration and adapter files: what they give back, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import random_adapter, tiny
+from safegene.adapter import SafetyAdapter
+from safegene.attach import attach
+from safegene.calibration import Calibration, calibrate, end_of_turn
+from safegene.config import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig, Anchor
+from safegene.errors import AdapterFileError, CalibrationError, DriftError, ModelNotFoundError
+from safegene.models import resolve, weights_digest
+
+ANCHORS = tuple(
+    [Anchor(f"how to hurt person {i}", "harmful") for i in range(6)]
+    + [Anchor(f"how to greet person {i}", "twin") for i in range(6)]
+    + [Anchor(f"what is {i} + 1", "ordinary", str(i + 1)) for i in range(6)]
+)
+
+
+def calibrated(model: Any, tokenizer: Any) -> SafetyAdapter:
+    """An adapter whose gate was fitted by hand to tell the anchors apart."""
+    from safegene.calibration import feature_statistics, read_anchors
+
+    adapter = random_adapter(model, tokenizer, anchors=ANCHORS)
+    features, harmful = read_anchors(model, (1, 2), tokenizer, ANCHORS)
+    adapter.anchor_mean, adapter.anchor_std = feature_statistics(features)
+    adapter.requires_grad_(True)
+    optimiser = torch.optim.Adam(adapter.gate.parameters(), lr=0.02)
+    for _ in range(150):
+        scores = torch.stack([adapter.gate.score(list(f)).max() for f in features])
+        torch.nn.functional.binary_cross_entropy_with_logits(scores, harmful.float()).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    return adapter.requires_grad_(False)
+
+
+def test_end_of_turn_is_after_the_users_words(tokenizer: Any) -> None:
+    ids, start = end_of_turn(tokenizer, "say hi", "ok")
+    assert tokenizer.decode(ids[:start]).endswith("say hi")
+    assert tokenizer.decode(ids[start:]) == "<s>[bot]ok"
+
+
+def test_calibration_on_the_base_changes_little_and_realigns_a_shifted_model(tokenizer: Any) -> None:
+    model = tiny()
+    adapter = calibrated(model, tokenizer)
+    same = calibrate(model, adapter, tokenizer)
+    assert same.report["feature_shift"] < 1e-3
+    assert not same.outside
+    torch.testing.assert_close(same.scale, torch.ones_like(same.scale), atol=1e-3, rtol=1e-3)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.add_(0.02 * torch.randn(32, 64))
+    moved = calibrate(model, adapter, tokenizer)
+    assert moved.report["feature_shift"] > 0.01
+    assert moved.checkpoint == weights_digest(model) != same.checkpoint
+
+
+def test_calibration_file_is_bound_to_adapter_and_checkpoint(tokenizer: Any, tmp_path: Path) -> None:
+    model = tiny()
+    adapter = calibrated(model, tokenizer)
+    adapter.save_pretrained(tmp_path / "a")
+    calibration = calibrate(model, adapter, tokenizer)
+    calibration.save(tmp_path / "c.safetensors")
+    loaded = Calibration.load(tmp_path / "c.safetensors")
+    assert loaded.threshold == calibration.threshold
+    attach(model, adapter, calibration=loaded).detach()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.01)
+    with pytest.raises(CalibrationError, match="another checkpoint"):
+        attach(model, adapter, calibration=loaded)
+    (tmp_path / "c.safetensors").write_bytes(b"short")
+    with pytest.raises(CalibrationError, match="safegene calibrate"):
+        Calibration.load(tmp_path / "c.safetensors")
+
+
+def test_a_gate_that_lost_its_way_is_refused_unless_told_otherwise(tokenizer: Any) -> None:
+    model = tiny()
+    adapter = calibrated(model, tokenizer)
+    adapter.gate.out.neg_()
+    with pytest.raises(DriftError, match="no longer tells"):
+        attach(model, adapter, tokenizer=tokenizer)
+    assert not model.model.layers[2]._forward_hooks
+    attach(model, adapter, tokenizer=tokenizer, allow_drift=True).detach()
+
+
+def test_files_tampered_truncated_missing(tmp_path: Path) -> None:
+    adapter = random_adapter(tiny())
+    adapter.save_pretrained(tmp_path)
+    weights = tmp_path / WEIGHTS_NAME
+    good = weights.read_bytes()
+    for bad in (good[:-7], good[:-1] + b"\x01", b""):
+        weights.write_bytes(bad)
+        with pytest.raises(AdapterFileError, match="truncated or was changed"):
+            SafetyAdapter.from_pretrained(tmp_path)
+    weights.unlink()
+    with pytest.raises(AdapterFileError, match="does not exist"):
+        SafetyAdapter.from_pretrained(tmp_path)
+    (tmp_path / CONFIG_NAME).write_text("{")
+    with pytest.raises(AdapterFileError, match="not valid JSON"):
+        SafetyAdapter.from_pretrained(tmp_path)
+    with pytest.raises(AdapterFileError, match="no such adapter"):
+        SafetyAdapter.from_pretrained("nobody-made-this")
+    adapter.gate.bias[0] = float("nan")
+    with pytest.raises(AdapterFileError, match="NaN"):
+        adapter.save_pretrained(tmp_path)
+
+
+def test_config_of_the_future() -> None:
+    data = json.loads(random_adapter(tiny()).config.to_json())
+    with pytest.warns(UserWarning, match="unknown keys"):
+        AdapterConfig.from_dict({**data, "colour": "blue"})
+    with pytest.raises(AdapterFileError, match="upgrade"):
+        AdapterConfig.from_dict({**data, "schema_version": 99})
+    with pytest.raises(AdapterFileError, match="below the last gate layer"):
+        AdapterConfig.from_dict({**data, "intervention_layers": [0]})
+
+
+def test_missing_models(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"config\.json"):
+        resolve(tmp_path)
+    with pytest.raises(ModelNotFoundError, match="no such folder"):
+        resolve("./nowhere")
+    assert resolve("org/name") == "org/name"
