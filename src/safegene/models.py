@@ -134,7 +134,7 @@ def load(name: str | Path, *, dtype: str | torch.dtype = "auto", device: str | N
     return LoadedModel(model.to(device or "cpu").eval(), tokenizer, str(name))
 
 
-def unwrap(model: nn.Module) -> Any:
+def unwrap(model: Any) -> Any:
     """The transformers model inside a PEFT model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

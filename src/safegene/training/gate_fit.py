@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from safegene.calibration import feature_statistics, gate_features
+from safegene.calibration import end_of_turn, feature_statistics, gate_features
 from safegene.config import Anchor
 from safegene.gate import Gate
 
@@ -24,13 +24,25 @@ USER_TOKENS = 8
 
 @dataclass(frozen=True)
 class GateRow:
-    """Token ids, index of the first token after the user's words, whether the gate should open from there, and the
-    pair it belongs to (−1: none)."""
+    """Token ids; index of the first token after the user's words; index of the prompt's last token, from which on a
+    harmful row should open the gate; whether it is harmful; the pair it belongs to (−1: none).
+
+    The template's tokens between the two carry too little: asked to open there as well, the gate opened on 68 % of
+    held-out twins. On harmful rows they are left out, on harmless ones the gate must be shut.
+    """
 
     ids: list[int]
     start: int
+    prompt_end: int
     harmful: bool
     pair: int = -1
+
+
+def gate_row(tokenizer: Any, prompt: str, answer: str, harmful: bool, pair: int = -1) -> GateRow:
+    """Token ids and places of one chat turn (see `calibration.end_of_turn`)."""
+    ids, start = end_of_turn(tokenizer, prompt, answer)
+    prompt_end = len(end_of_turn(tokenizer, prompt)[0]) - 1
+    return GateRow(ids, start, min(prompt_end, len(ids) - 1), harmful, pair)
 
 
 @dataclass
@@ -50,9 +62,10 @@ def read(model: Any, layers: Sequence[int], rows: Sequence[GateRow], pad: int, s
     for i, features in gate_features(model, layers, [r.ids for r in rows], pad, 24):
         row, f = rows[i], features.transpose(0, 1).half()
         user = torch.randperm(row.start, generator=generator)[: 0 if row.harmful else USER_TOKENS]
-        xs.append(torch.cat([f[row.start :], f[user]]))
+        first = row.prompt_end if row.harmful else row.start
+        xs.append(torch.cat([f[first:], f[user]]))
         owners.append(torch.full((len(xs[-1]),), i))
-        turns.append(torch.arange(len(xs[-1])) < len(f) - row.start)
+        turns.append(torch.arange(len(xs[-1])) < len(f) - first)
     return GateFeatures(torch.cat(xs), torch.cat(owners), torch.cat(turns))
 
 

@@ -24,7 +24,7 @@ from safegene.training import data
 from safegene.training.arguments import TrainingArguments
 from safegene.training.data import OPENINGS, Pair
 from safegene.training.finetune import lora, tune
-from safegene.training.gate_fit import GateRow, fit, make_anchors, read, realign
+from safegene.training.gate_fit import fit, gate_row, make_anchors, read, realign
 
 BASE = ""
 SHADOWS = ("cheerful", "compliant")
@@ -223,14 +223,14 @@ def train(
         [p.harmful for p in chosen], [p.twin for p in chosen], [h for h in harmless if h[0] in set(ordinary)][:k]
     )
     answer_of = dict(harmless)
-    rows: list[GateRow] = []
+    rows = []
     for number, pair in enumerate(pairs):
         refusal = rng.choice(data.refusals()[pair.category])[:40]
         opening = rng.choice(OPENINGS) + (refusal if rng.random() < 0.5 else "") if rng.random() < 0.4 else ""
-        rows.append(GateRow(*end_of_turn(tokenizer, pair.harmful, opening), True, number if not opening else -1))
+        rows.append(gate_row(tokenizer, pair.harmful, opening, True, number if not opening else -1))
         answer = answer_of.get(pair.twin, "")
-        rows.append(GateRow(*end_of_turn(tokenizer, pair.twin, answer), False, number if not answer else -1))
-    rows += [GateRow(*end_of_turn(tokenizer, q, answer_of.get(q, "")), False) for q in ordinary]
+        rows.append(gate_row(tokenizer, pair.twin, answer, False, number if not answer else -1))
+    rows += [gate_row(tokenizer, q, answer_of.get(q, ""), False) for q in ordinary]
     sets, statistics = [], None
     for name in (BASE, *shadows):
         with variant(model, name):
