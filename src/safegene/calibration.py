@@ -144,19 +144,24 @@ def gate_features(
 def read_anchors(
     model: Any, layers: Sequence[int], tokenizer: Any, anchors: Sequence[Anchor]
 ) -> tuple[list[Tensor], Tensor]:
-    """Features of every anchor from the end of the user's turn on, [layers, positions, d] each, and the labels
+    """Features of every anchor from the prompt's last token on, [layers, positions, d] each, and the labels
     (1 harmful, 0 harmless), in the anchors' order."""
+    last = [len(end_of_turn(tokenizer, a.text)[0]) - 1 for a in anchors]
     ends = [end_of_turn(tokenizer, a.text, a.answer) for a in anchors]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     read: dict[int, Tensor] = {}
     for i, features in gate_features(model, layers, [ids for ids, _ in ends], pad or 0):
-        read[i] = features[:, ends[i][1] :]
+        read[i] = features[:, min(last[i], features.shape[1] - 1) :]
     return [read[i] for i in range(len(anchors))], torch.tensor([a.label == "harmful" for a in anchors])
 
 
 def feature_statistics(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation over all anchors' positions, [layers, d] each."""
-    pooled = torch.cat(list(features), dim=1)
+    """Mean and standard deviation over the anchors' last prompt tokens, [layers, d] each.
+
+    One kind of position only: pooled over template and answer tokens, which differ more from each other than harmful
+    from harmless, the realignment lost the gate on a fine-tune (anchor AUC 0.64).
+    """
+    pooled = torch.cat([f[:, :1] for f in features], dim=1)
     return pooled.mean(1), pooled.std(1).clamp_min(1e-4)
 
 

@@ -56,7 +56,7 @@ def tune(
     seed: int = 0,
 ) -> Any:  # fmt: skip
     """Train whatever of `model` requires gradients on `rows`, in place, through transformers' Trainer."""
-    from transformers import Trainer
+    from transformers import PrinterCallback, Trainer
     from transformers import TrainingArguments as TrainerArguments
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -70,6 +70,7 @@ def tune(
             train_dataset=ChatRows(tokenizer, rows),
             data_collator=collate,
         )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to results
         trainer.train()
     return model.eval()
 

@@ -28,7 +28,7 @@ class GateRow:
     harmful row should open the gate; whether it is harmful; the pair it belongs to (−1: none).
 
     The template's tokens between the two carry too little: asked to open there as well, the gate opened on 68 % of
-    held-out twins. On harmful rows they are left out, on harmless ones the gate must be shut.
+    held-out twins. There it must be shut on every row.
     """
 
     ids: list[int]
@@ -48,25 +48,26 @@ def gate_row(tokenizer: Any, prompt: str, answer: str, harmful: bool, pair: int 
 @dataclass
 class GateFeatures:
     """Features of one model: `x` [positions, layers, d] half, `row` [positions], `is_turn` [positions] (template or
-    answer, as against the user's words), and the realignment that was applied."""
+    answer, as against the user's words), `opens` [positions] (the gate should open), and the realignment that was applied."""
 
     x: Tensor
     row: Tensor
     is_turn: Tensor
+    opens: Tensor
 
 
 def read(model: Any, layers: Sequence[int], rows: Sequence[GateRow], pad: int, seed: int = 0) -> GateFeatures:
     """Features of `rows`, raw (not realigned)."""
     generator = torch.Generator().manual_seed(seed)
-    xs, owners, turns = [], [], []
+    xs, owners, turns, opens = [], [], [], []
     for i, features in gate_features(model, layers, [r.ids for r in rows], pad, 24):
         row, f = rows[i], features.transpose(0, 1).half()
         user = torch.randperm(row.start, generator=generator)[: 0 if row.harmful else USER_TOKENS]
-        first = row.prompt_end if row.harmful else row.start
-        xs.append(torch.cat([f[first:], f[user]]))
+        xs.append(torch.cat([f[row.start :], f[user]]))
         owners.append(torch.full((len(xs[-1]),), i))
-        turns.append(torch.arange(len(xs[-1])) < len(f) - first)
-    return GateFeatures(torch.cat(xs), torch.cat(owners), torch.cat(turns))
+        opens.append(row.harmful & (torch.arange(len(xs[-1])) >= row.prompt_end - row.start))
+        turns.append(torch.arange(len(xs[-1])) < len(f) - row.start)
+    return GateFeatures(torch.cat(xs), torch.cat(owners), torch.cat(turns), torch.cat(opens))
 
 
 def realign(features: GateFeatures, anchors: Sequence[Tensor], base: tuple[Tensor, Tensor]) -> GateFeatures:
@@ -89,7 +90,7 @@ def fit(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     prepared = []
     for f, rows in models:
-        harmful = torch.tensor([r.harmful for r in rows])[f.row]
+        harmful = f.opens
         std = f.x.float().std(0)
         last = {int(r): i for i, r in enumerate(f.row.tolist()) if f.is_turn[i]}
         by_pair: dict[int, dict[bool, int]] = {}

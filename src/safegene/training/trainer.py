@@ -166,7 +166,7 @@ def train(
     Raises:
         DataError: the training text contains an evaluation prompt.
     """
-    from transformers import Trainer
+    from transformers import PrinterCallback, Trainer
     from transformers import TrainingArguments as TrainerArguments
     from transformers.trainer_utils import get_last_checkpoint
 
@@ -286,6 +286,7 @@ def train(
         train_dataset=Targets(tokenizer, pairs, harmless, arguments),
         data_collator=collate,
     )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to results
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.exists() else None
     trainer.train(resume_from_checkpoint=last)
     adapter.save_pretrained(out)
