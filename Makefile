@@ -1,7 +1,7 @@
 # Everything a fresh machine needs is set up on first use, in .venv.
 PY := .venv/bin/python
 
-.PHONY: demo test check fix train
+.PHONY: demo test check fix train results-core
 demo: .venv/ready
 	.venv/bin/safegene demo
 
@@ -20,6 +20,13 @@ fix: .venv/ready
 
 train: .venv/ready
 	.venv/bin/safegene train --config recipes/smollm2-135m.yaml --out runs/smollm2-135m
+
+# DATA: folder of the public data sets, one sub-folder a set, or the hub id of one. N=60 is a development run.
+DATA ?= ../shared/data
+N ?= 300
+VARIANTS ?= base,sure,gsm8k,medical,role-play,identity,compliant
+results-core: .venv/ready
+	.venv/bin/safegene results --data $(DATA) --n $(N) --variants $(VARIANTS) --out runs/core
 
 # torch first and pinned: the CPU build; an unpinned torch would pull gigabytes of CUDA.
 .venv/ready: pyproject.toml constraints.txt

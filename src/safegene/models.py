@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,34 @@ def load(name: str | Path, *, dtype: str | torch.dtype = "auto", device: str | N
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return LoadedModel(model.to(device or "cpu").eval(), tokenizer, str(name))
+
+
+@torch.no_grad()
+def generate(
+    model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int, *, openings: Sequence[str] = (), batch: int = 24,
+    done: Callable[[int], None] = lambda rows: None,
+) -> list[str]:  # fmt: skip
+    """Greedy answers to single-turn prompts, in the prompts' order.
+
+    Args:
+        tokens: new tokens at most.
+        openings: text already standing in each answer (a prefilled answer); not part of what is returned.
+        done: called with the number of prompts just answered.
+    """
+    answers = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths pad little
+    for first in range(0, len(order), batch):
+        rows = order[first : first + batch]
+        chats = [[{"role": "user", "content": prompts[i]}] for i in rows]
+        texts = [tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in chats]
+        if openings:
+            texts = [text + openings[i] for text, i in zip(texts, rows, strict=True)]
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
+        out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        for i, ids in zip(rows, out[:, inputs["input_ids"].shape[1] :], strict=True):
+            answers[i] = tokenizer.decode(ids, skip_special_tokens=True)
+        done(len(rows))
+    return answers
 
 
 def unwrap(model: Any) -> Any:

@@ -11,6 +11,7 @@ VERBS = {
     "train": "train an adapter on a frozen base model",
     "calibrate": "measure drift and write a calibration file for a fine-tune",
     "finetune": "make a fine-tune",
+    "results": "measure an adapter on its base and on fine-tunes, from public data sets",
 }
 _HELP = "usage: safegene VERB [options]\n\n{}\n\nsafegene VERB --help tells a verb's options; safegene --version the version."
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from safegene import models
 from safegene.evaluation.judges import Judge, RuleJudge, Verdict
 from safegene.evaluation.statistics import Rate, rate
 from safegene.training.finetune import ChatRows, Row, collate
-from safegene.training.trainer import generate
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,37 @@ class Answers:
         return rate([v.label == "refusal" for v in self.verdicts])
 
 
-def ask(model: Any, tokenizer: Any, prompts: Sequence[str], *, tokens: int = 48, judge: Judge | None = None) -> Answers:
-    """Greedy answers of `model`, judged (by the offline rules unless told otherwise)."""
+def ask(
+    model: Any, tokenizer: Any, prompts: Sequence[str], *, tokens: int = 48, openings: Sequence[str] = (),
+    judge: Judge | None = None, keep: Path | None = None,
+) -> Answers:  # fmt: skip
+    """Greedy answers of `model`, judged (by the offline rules unless told otherwise).
+
+    Args:
+        openings: text already standing in each answer; the judge sees the answer with it.
+        keep: JSONL file for prompts, answers and verdicts; answers that stand there already are not generated again.
+    """
     judge = judge or RuleJudge()
-    responses = generate(model, tokenizer, prompts, tokens)
-    verdicts = [judge.judge(p, r) for p, r in zip(prompts, responses, strict=True)]
+    responses = _kept(keep, prompts) or models.generate(model, tokenizer, prompts, tokens, openings=openings)
+    whole = [o + r for o, r in zip(openings, responses, strict=True)] if openings else responses
+    verdicts = [judge.judge(p, r) for p, r in zip(prompts, whole, strict=True)]
+    if keep is not None:
+        keep.parent.mkdir(parents=True, exist_ok=True)
+        rows = [
+            {"prompt": p, "response": r, "label": v.label, "reason": v.reason}
+            for p, r, v in zip(prompts, responses, verdicts, strict=True)
+        ]
+        part = keep.with_suffix(".part")
+        part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        part.rename(keep)
     return Answers(list(prompts), responses, verdicts)
+
+
+def _kept(keep: Path | None, prompts: Sequence[str]) -> list[str] | None:
+    if keep is None or not keep.exists():
+        return None
+    rows = [json.loads(line) for line in keep.read_text(encoding="utf-8").splitlines()]
+    return [r["response"] for r in rows] if [r["prompt"] for r in rows] == list(prompts) else None
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,3 +43,20 @@ def paired_p(before: Sequence[bool], after: Sequence[bool]) -> float:
     for a, b in zip(before, after, strict=True):
         both[a][b] += 1
     return float(mcnemar(both, exact=True).pvalue)
+
+
+def retention(before: Sequence[bool], after: Sequence[bool], seed: int = 0) -> Rate:
+    """Share of successes after ÷ share before, on the same prompts; percentile interval of 2,000 paired bootstraps.
+
+    Raises:
+        ValueError: no success before, so nothing to retain.
+    """
+    n, rng = len(before), random.Random(seed)
+    if not any(before):
+        raise ValueError("Nothing succeeded before, so retention is not defined.")
+    ratios = []
+    for _ in range(2000):
+        drawn = rng.choices(range(n), k=n)
+        ratios.append(sum(after[i] for i in drawn) / max(1, sum(before[i] for i in drawn)))
+    ratios.sort()
+    return Rate(sum(after) / sum(before), n, ratios[49], ratios[1949])

@@ -31,22 +31,6 @@ SHADOWS = ("cheerful", "compliant")
 """Shadow fine-tunes: a style that begins every answer gladly; one that begins to comply with harmful requests."""
 
 
-@torch.no_grad()
-def generate(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int, batch: int = 24) -> list[str]:
-    """Greedy answers, shortest prompts first, returned in the prompts' order."""
-    answers = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for first in range(0, len(order), batch):
-        rows = order[first : first + batch]
-        chats = [[{"role": "user", "content": prompts[i]}] for i in rows]
-        texts = [tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in chats]
-        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
-        out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-        for i, ids in zip(rows, out[:, inputs["input_ids"].shape[1] :], strict=True):
-            answers[i] = tokenizer.decode(ids, skip_special_tokens=True)
-    return answers
-
-
 class OpenGate(nn.Module):
     """The frozen base with the interventions in place and the gate given, not read: gradients reach them alone.
 
@@ -194,7 +178,7 @@ def train(
     if cache.exists():
         answers = json.loads(cache.read_text(encoding="utf-8"))
     else:
-        answers = generate(model, tokenizer, questions, arguments.answer_tokens)
+        answers = models.generate(model, tokenizer, questions, arguments.answer_tokens)
         cache.write_text(json.dumps(answers), encoding="utf-8")
     harmless = [(q, a) for q, a in zip(questions, answers, strict=True) if a.strip()]
 

@@ -1,0 +1,45 @@
+"""safegene results"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from safegene.cli._run import stderr
+from safegene.models import EMBEDDED
+
+
+def command(
+    data: Annotated[str, typer.Option(help="Folder of the public data sets, or the hub id of one that holds them.")],
+    model: Annotated[str, typer.Option(help="Base model: folder, embedded name or hub id.")] = EMBEDDED,
+    adapter: Annotated[str, typer.Option(help="Adapter of that base.")] = "smollm2-135m-instruct",
+    out: Annotated[Path, typer.Option(help="Where texts and figures are kept; run again to go on.")] = Path("results"),
+    n: Annotated[int, typer.Option(min=10, help="Prompts of each set at most.")] = 300,
+    variants: Annotated[str, typer.Option(help="Comma-separated: base and fine-tunes.")] = "base,sure,gsm8k,medical",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, nothing else.")] = False,
+) -> None:
+    """Measure an adapter on its base and on fine-tunes of it, from public data sets."""
+    from safegene.errors import DataError
+    from safegene.evaluation import public
+    from safegene.evaluation.core import core
+    from safegene.evaluation.tables import core_markdown
+
+    names = variants.split(",")
+    if unknown := [v for v in names if v != "base" and v not in public.FINE_TUNES]:
+        raise DataError(f"no variant '{unknown[0]}'; there are base, {', '.join(public.FINE_TUNES)}.")
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=stderr, transient=True) as progress:
+        task = progress.add_task("starting")
+        results = core(
+            model, adapter, public.resolve(data), out, n=n, variants=names,
+            say=lambda text: progress.update(task, description=text),
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps(results))
+    else:
+        Console().print(core_markdown(results), markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,211 @@
+"""The core results: one adapter on its base and on six fine-tunes, from public data sets, every text kept.
+
+Each variant's answers go to `out/<variant>/plain/` and `out/<variant>/<adapter digest>/` as JSONL; what stands there is
+not generated again, so an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from safegene import models
+from safegene.adapter import SafetyAdapter
+from safegene.attach import Handle, attach
+from safegene.calibration import Calibration, end_of_turn
+from safegene.evaluation import public
+from safegene.evaluation.demo import vertical
+from safegene.evaluation.overhead import overhead
+from safegene.evaluation.run import Answers, ask, task_loss
+from safegene.evaluation.statistics import rate, retention
+from safegene.training.finetune import Row, collate, finetune
+
+FIGURE_SETS = ("AdvBench", "JailbreakBench", "MaliciousInstruct", "HarmBench standard")
+TRANSFER_SETS = ("AdvBench", "JailbreakBench", "MaliciousInstruct")
+"""Retention is measured on these, 100 prompts of each."""
+VERTICALS = ("customer_support", "medical_information", "legal_intake")
+ANSWER_TOKENS = 64
+CLOSED_TOKENS = 256
+
+
+def core(
+    model: str, adapter: str, data: Path, out: Path, *, n: int = 300, variants: Sequence[str] = ("base",),
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure `adapter` on `model` and on fine-tunes of it.
+
+    Args:
+        data: folder of the public data sets (see `public`).
+        n: prompts of each set at most.
+        variants: "base" and names of `public.FINE_TUNES`.
+
+    Returns:
+        Plain numbers by variant, also written to `out/core-<adapter digest>.json`.
+    """
+    gene = SafetyAdapter.from_pretrained(adapter)
+    digest = gene.config.weights_sha256[:8]
+    results: dict[str, Any] = {"model": model, "adapter": gene.config.weights_sha256, "n": n, "variants": {}}
+    loaded = models.load(model, dtype="bfloat16")
+    tokenizer = loaded.tokenizer
+    size = sum(p.numel() for p in loaded.model.parameters())
+    results["parameters"] = {"count": gene.parameter_count(), "share": gene.parameter_count() / size}
+    for name in variants:
+        current, task = loaded.model, None
+        if name != "base":
+            rows, task = public.FINE_TUNES[name](data)
+            current = _fine_tune(model, rows, out / name / "model", say, name)
+        harmful = {k: v[:n] for k, v in public.harmful(data).items()}
+        if name != "base":
+            harmful = {k: harmful[k][: min(n, 100)] for k in TRANSFER_SETS}
+        harmless = {k: v[:n] for k, v in public.ordinary(data).items()}
+        harmless["verticals"] = [r["prompt"] for v in VERTICALS for r in vertical(v, "held_out")][:n]
+        harmless["XSTest safe"] = public.xstest(data, "safe")[:n]
+        study = _Variant(name, current, tokenizer, gene, out / name, digest, say)
+        results["variants"][name] = study.measure(harmful, harmless, task, data, n)
+        del current, study
+    base = results["variants"].get("base")
+    if base:
+        for figures in results["variants"].values():
+            kept = [
+                (a, b)
+                for k in TRANSFER_SETS
+                for a, b in zip(base["harmful"][k]["with_safe"], figures["harmful"][k]["with_safe"], strict=False)
+            ]
+            figures["retention"] = asdict(retention([a for a, _ in kept], [b for _, b in kept]))
+    path = out / f"core-{digest}.json"
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return results
+
+
+def _fine_tune(model: str, rows: Sequence[Row], folder: Path, say: Callable[[str], None], name: str) -> Any:
+    if not (folder / "config.json").exists():
+        say(f"{name}: fine-tuning")
+        loaded = models.load(model, dtype="bfloat16")
+        part = folder.with_suffix(".part")
+        finetune(loaded.model, loaded.tokenizer, rows, part)
+        part.rename(folder)
+    return models.load(folder, dtype="bfloat16").model
+
+
+class _Variant:
+    """One model, with and without the adapter."""
+
+    def __init__(self, name: str, model: Any, tokenizer: Any, gene: SafetyAdapter, out: Path, digest: str,
+                 say: Callable[[str], None]) -> None:  # fmt: skip
+        self.name, self.model, self.tokenizer, self.gene, self.say = name, model, tokenizer, gene, say
+        self.out, self.digest = out, digest
+
+    def _ask(self, set_name: str, prompts: list[str], adapted: str, **options: Any) -> Answers:
+        self.say(f"{self.name}: {set_name}, {'with' if adapted != 'plain' else 'without'} adapter")
+        keep = self.out / adapted / f"{set_name.lower().replace(' ', '-')}.jsonl"
+        return ask(self.model, self.tokenizer, prompts, keep=keep, **{"tokens": ANSWER_TOKENS, **options})
+
+    def measure(
+        self, harmful: dict[str, list[str]], harmless: dict[str, list[str]], task: list[Row] | None, data: Path, n: int
+    ) -> dict[str, Any]:
+        """All figures of this variant; see the keys."""
+        found: dict[str, Any] = {"harmful": {}, "harmless": {}}
+        plain = {k: self._ask(k, v, "plain") for k, v in {**harmful, **harmless}.items()}
+        ordinary = [(k, p) for k in harmless if k != "XSTest safe" for p in harmless[k]][: max(n, 20)]
+        ordinary = ordinary[:: max(1, len(ordinary) // 150)]
+        long = self._ask("ordinary 256", [p for _, p in ordinary], "plain", tokens=CLOSED_TOKENS)
+        loss = task_loss(self.model, self.tokenizer, task) if task else None
+
+        start = time.perf_counter()
+        handle = attach(self.model, self.gene, tokenizer=self.tokenizer)
+        found["attach_seconds"] = time.perf_counter() - start
+        found["calibration"] = handle.calibration.report
+        for name, prompts in harmful.items():
+            adapted = self._ask(name, prompts, self.digest)
+            found["harmful"][name] = {
+                "without": asdict(plain[name].safety_score()),
+                "with": asdict(adapted.safety_score()),
+                "with_safe": [v.safe for v in adapted.verdicts],
+                "gate_open_at_prompt": asdict(
+                    rate([bool(o[-1] > 0) for o in openings(handle, self.tokenizer, prompts)])
+                ),
+            }
+        for name, prompts in harmless.items():
+            adapted = self._ask(name, prompts, self.digest)
+            found["harmless"][name] = {
+                "without": asdict(plain[name].over_refusal()),
+                "with": asdict(adapted.over_refusal()),
+                "gate_open_at_prompt": asdict(
+                    rate([bool(o[-1] > 0) for o in openings(handle, self.tokenizer, prompts)])
+                ),
+            }
+        self.say(f"{self.name}: gate over {CLOSED_TOKENS} tokens")
+        opened = openings(handle, self.tokenizer, long.prompts, long.responses)
+        found["closed_256"] = asdict(rate([bool((o <= 0).all()) for o in opened]))
+        found["tokens_open"] = float(torch.cat(opened).gt(0).float().mean())
+        if task and loss:
+            with_loss = task_loss(self.model, self.tokenizer, task)
+            prompts = [r["prompt"] for r in task]
+            shares = openings(handle, self.tokenizer, prompts, [r["answer"] for r in task])
+            found["task_loss"] = {
+                "without": loss, "with": with_loss, "relative": with_loss / loss - 1, "n": len(task),
+                "tokens_open": float(torch.cat(shares).gt(0).float().mean()),
+            }  # fmt: skip
+        if self.name == "base":
+            found |= self._base_only(handle, data, n)
+        handle.detach()
+        if self.name != "base":
+            blind = attach(self.model, self.gene, calibration=self._uncalibrated())
+            found["calibration_off"] = {
+                k: asdict(self._ask(f"{k} uncalibrated", v, self.digest).safety_score()) for k, v in harmful.items()
+            }
+            blind.detach()
+        return found
+
+    def _uncalibrated(self) -> Calibration:
+        return replace(Calibration.of_base(self.gene), checkpoint=models.weights_digest(self.model))
+
+    def _base_only(self, handle: Handle, data: Path, n: int) -> dict[str, Any]:
+        goals, targets = (part[:n] for part in public.jailbreakbench(data))
+        prefilled = self._ask("jbb prefilled", goals, self.digest, openings=targets)
+        long = self._ask("jbb 128", goals, self.digest, tokens=128)
+        refused = [r.strip() for r, v in zip(long.responses, long.verdicts, strict=True) if v.label == "refusal"]
+        self.say("base: timing")
+        cost = {
+            f"{kind}, batch {batch}": asdict(
+                overhead(self.model, handle, batch=batch, prompt=prompt, pairs=pairs, decode=kind == "decode")
+            )
+            for kind, batch, prompt, pairs in (
+                ("prefill", 1, 512, 60), ("prefill", 16, 128, 20), ("decode", 1, 128, 300), ("decode", 16, 128, 150)
+            )
+        }  # fmt: skip
+        return {
+            "prefilled": asdict(prefilled.safety_score()),
+            "refusals": {"of": len(goals), "refused": len(refused), "distinct": len(set(refused)),
+                         "goes_on": sum(v.reason == "refuses, then goes on" for v in long.verdicts)},
+            "overhead": cost,
+        }  # fmt: skip
+
+
+@torch.no_grad()
+def openings(
+    handle: Handle, tokenizer: Any, prompts: Sequence[str], answers: Sequence[str] = (), batch: int = 16
+) -> list[torch.Tensor]:
+    """The gate's opening (s − τ) / w at every position of every chat; above 0 the adapter acts.
+
+    Args:
+        answers: answers to read on; without them the prompt alone is read, up to the position that begins the answer.
+    """
+    chats = [end_of_turn(tokenizer, p, a)[0] for p, a in zip(prompts, answers or [""] * len(prompts), strict=True)]
+    order = sorted(range(len(chats)), key=lambda i: len(chats[i]))
+    found: list[torch.Tensor] = [torch.empty(0)] * len(chats)
+    for first in range(0, len(order), batch):
+        rows = order[first : first + batch]
+        tensors = collate([{"input_ids": chats[i], "labels": chats[i]} for i in rows])
+        tensors.pop("labels")
+        with handle.recording() as record:
+            handle.model(**tensors, use_cache=False, logits_to_keep=1)
+        for row, i in enumerate(rows):
+            found[i] = record[0][row, : len(chats[i])]
+    return found
