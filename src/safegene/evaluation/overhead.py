@@ -43,7 +43,7 @@ def overhead(
         start = time.perf_counter()
         if decode:
             model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
-            cache.crop(prompt)
+            cache.crop(-1)
         else:
             model(input_ids=ids, use_cache=False, logits_to_keep=1)
         if ids.is_cuda:
