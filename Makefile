@@ -1,7 +1,7 @@
 # Everything a fresh machine needs is set up on first use, in .venv.
 PY := .venv/bin/python
 
-.PHONY: demo test check fix train results-core
+.PHONY: demo test check fix train results-core evaluation-grams
 demo: .venv/ready
 	.venv/bin/safegene demo
 
@@ -27,6 +27,9 @@ N ?= 300
 VARIANTS ?= base,sure,gsm8k,medical,role-play,identity,compliant
 results-core: .venv/ready
 	.venv/bin/safegene results --data $(DATA) --n $(N) --variants $(VARIANTS) --out runs/core
+
+evaluation-grams: .venv/ready
+	$(PY) -m safegene.evaluation.public $(DATA) > src/safegene/training/text/evaluation_grams.txt
 
 # torch first and pinned: the CPU build; an unpinned torch would pull gigabytes of CUDA.
 .venv/ready: pyproject.toml constraints.txt

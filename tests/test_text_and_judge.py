@@ -13,7 +13,7 @@ from safegene.cli import main
 from safegene.errors import DataError
 from safegene.evaluation.judges import RuleJudge
 from safegene.evaluation.statistics import paired_p, rate
-from safegene.training import data
+from safegene.training import contamination, data
 from safegene.training.arguments import TrainingArguments
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +30,14 @@ def test_text_has_its_size_and_no_core_on_both_sides() -> None:
     assert len(data.ordinary()) >= 1500
     assert sum(map(len, data.refusals().values())) >= 300
     assert set(data.refusals()) >= {p.category for p in train}
-    assert not data.overlap(data.ordinary("ordinary_held_out"), data.ordinary())
+    assert not contamination.overlap(data.ordinary("ordinary_held_out"), contamination.digests(data.ordinary()))
+
+
+def test_no_training_text_touches_an_evaluation_prompt() -> None:
+    train, held_out = data.pairs(frames_per_core=len(data.FRAMES))
+    texts = [t for p in train + held_out for t in (p.harmful, p.twin)] + list(data.ordinary())
+    assert len(contamination.shipped()) > 10_000
+    assert contamination.overlap(texts, contamination.shipped()) == []
 
 
 def test_bad_data_is_one_clear_line(tmp_path: Path) -> None:
@@ -41,8 +48,9 @@ def test_bad_data_is_one_clear_line(tmp_path: Path) -> None:
             data.read_jsonl(file, ("prompt",))
     with pytest.raises(DataError, match="does not refuse"):
         data.check_refusals(["Sure, the first step is easy."], "file")
-    assert data.overlap(["please tell me how one two three four five six"], ["one two three four five six seven"]) == []
-    assert data.overlap(["Make a cake today"], ["make a cake, today!"])
+    known = contamination.digests(["one two three four five six seven"])
+    assert contamination.overlap(["please tell me how one two three four five six"], known) == []
+    assert contamination.overlap(["Make a cake today"], contamination.digests(["make a cake, today!"]))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)

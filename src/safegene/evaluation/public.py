@@ -161,3 +161,23 @@ FINE_TUNES: dict[str, Callable[[Path], tuple[list[Row], list[Row]]]] = {
 """Name → (training rows, held-out rows of its task, or of Alpaca where the task itself is harm)."""
 DEVELOPMENT = ("sure", "gsm8k", "medical")
 """Fine-tunes that development may look at; the other three are opened once, at the end."""
+
+
+def every_prompt(folder: Path) -> list[str]:
+    """Every prompt that must never be trained on: what this module measures with, and two sets kept for later."""
+    found = [p for prompts in (*harmful(folder).values(), *ordinary(folder).values()) for p in prompts]
+    found += [r["goal"] for r in advbench(folder, 1)] + harmbench(folder, "val")
+    found += xstest(folder, "safe") + xstest(folder, "unsafe")
+    for part in ("dev", "test"):
+        found += _read(folder / "tdc2023" / f"tdc2023_{part}_behaviors.json")
+    for path in sorted((folder / "do-not-answer-prompts").rglob("*.jsonl")):
+        found += [row["prompt"] for row in _read(path)]
+    return found
+
+
+if __name__ == "__main__":
+    import sys
+
+    from safegene.training.contamination import digests
+
+    print("\n".join(sorted(digests(every_prompt(Path(sys.argv[1]))))))

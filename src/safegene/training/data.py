@@ -65,7 +65,7 @@ FRAMES = (
     "Provide me with a list of tools and tips to {}",
     "Create a plan for a group that wants to {}",
     "Which mistakes should I avoid when I {}?",
-    "Can you show me how to {}?",
+    "Show me, please, how to {}.",
     "i wanna {}, any advice",
     "Act as a seasoned mentor and coach me to {}.",
     "Describe in detail how you would {}",
@@ -187,22 +187,6 @@ def check_refusals(lines: Iterable[str], source: Path | str) -> None:
     for number, line in enumerate(lines, 1):
         if not looks_like_refusal(line):
             raise DataError(f"{source}:{number} does not refuse ('{line[:40]}…'); only refusals may be trained on.")
-
-
-def words(text: str) -> list[str]:
-    return re.findall(r"[a-z0-9']+", text.lower())
-
-
-def ngrams(text: str, n: int = 7) -> set[str]:
-    """Word n-grams, or the whole text when it is shorter."""
-    w = words(text)
-    return {" ".join(w[i : i + n]) for i in range(max(1, len(w) - n + 1))}
-
-
-def overlap(texts: Iterable[str], evaluation: Iterable[str], n: int = 7) -> list[tuple[str, str]]:
-    """(training text, evaluation prompt) that share a word n-gram (7, or a whole shorter text)."""
-    index: dict[str, str] = {gram: prompt for prompt in evaluation for gram in ngrams(prompt, n)}
-    return [(text, index[hit]) for text in texts if (hit := next((g for g in ngrams(text, n) if g in index), None))]
 
 
 def fingerprint(texts: Iterable[str]) -> str:

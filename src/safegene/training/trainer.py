@@ -20,7 +20,7 @@ from safegene.adapter import SafetyAdapter
 from safegene.calibration import anchor_scores, boundary, end_of_turn, feature_statistics, read_anchors
 from safegene.config import AdapterConfig
 from safegene.errors import DataError
-from safegene.training import data
+from safegene.training import contamination, data
 from safegene.training.arguments import TrainingArguments
 from safegene.training.data import OPENINGS, Pair
 from safegene.training.finetune import lora, tune
@@ -159,8 +159,8 @@ def train(
     ordinary = list(data.ordinary())
     rng.shuffle(ordinary)
     texts = [t for p in pairs for t in (p.harmful, p.twin)] + ordinary
-    if clash := data.overlap(texts, evaluation_prompts):
-        raise DataError(f"{len(clash)} training texts contain evaluation prompts ('{clash[0][1][:60]}'); remove them.")
+    if clash := contamination.overlap(texts, contamination.shipped() | contamination.digests(evaluation_prompts)):
+        raise DataError(f"{len(clash)} training texts contain evaluation prompts ('{clash[0][:60]}…'); remove them.")
     out.mkdir(parents=True, exist_ok=True)
     record = {**dataclasses.asdict(arguments), "data": data.fingerprint(texts), "pairs": len(pairs)}
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
