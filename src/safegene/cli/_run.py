@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+import safegene.progress
 from safegene.errors import SafegeneError
 
 stderr = Console(stderr=True)
+
+
+@contextlib.contextmanager
+def progress_bars() -> Iterator[safegene.progress.Progress]:
+    """Draw stages on stderr: a bar with an estimate for each that can be counted, a pulse for the others."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=stderr) as bars:
+
+        def start(stage: str, total: int = 0) -> safegene.progress.Advance:
+            for task in bars.task_ids:
+                bars.stop_task(task)
+            task = bars.add_task(stage, total=total or None)
+            return lambda units: bars.advance(task, units)
+
+        yield start
 
 
 def run(verb: str, command: Callable[..., None], arguments: list[str]) -> int:

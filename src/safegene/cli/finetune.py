@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from safegene.cli._run import progress_bars
 from safegene.errors import DataError
 from safegene.models import EMBEDDED
 
@@ -27,5 +28,6 @@ def command(
         raise DataError(f"method is '{method}'; use lora or full.")
     rows = read_jsonl(data, ("prompt", "answer"))
     loaded = models.load(model)
-    finetune(loaded.model, loaded.tokenizer, rows, out, method=method, steps=steps)
+    with progress_bars() as progress:
+        finetune(loaded.model, loaded.tokenizer, rows, out, method=method, steps=steps, progress=progress)
     print(out)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from safegene.cli._run import stderr
+from safegene.cli._run import progress_bars
 
 
 def command(
@@ -25,5 +25,6 @@ def command(
 
     arguments = TrainingArguments.from_yaml(config)
     prompts = [row["prompt"] for path in evaluation or [] for row in data.read_jsonl(path, ("prompt",))]
-    train(arguments, out, evaluation_prompts=prompts, say=lambda text: stderr.print(text))
+    with progress_bars() as progress:
+        train(arguments, out, evaluation_prompts=prompts, progress=progress)
     print(out)

@@ -23,12 +23,17 @@ class TrainingArguments:
     rank: int = 16
     dtype: str = "bfloat16"
     seed: int = 0
-    frames_per_core: int = 12
+    frames_per_core: int = 5
     held_out: float = 0.08
     harmless_answers: int = 700
-    answer_tokens: int = 40
-    shadow_steps: int = 40
-    gate_steps: int = 1500
+    answer_tokens: int = 48
+    long_answers: int = 96
+    long_answer_tokens: int = 200
+    """The gate has to stay shut through long answers, not only where they begin."""
+    shadow_steps: int = 45
+    gate_steps: int = 2000
+    twins_opened: float = 0.2
+    """Share of held-out twins on which the gate may open: sets the threshold on the base."""
     steps: int = 320
     rows_per_step: int = 14
     learning_rate: float = 2e-3

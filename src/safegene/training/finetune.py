@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import TrainerCallback
 
 from safegene.errors import DataError
+from safegene.progress import Advance, Progress, silent
 
 Row = dict[str, str]
 """`prompt` and `answer`, plain text."""
@@ -51,9 +53,20 @@ def collate(rows: Sequence[dict[str, list[int]]], pad: int = 0) -> dict[str, Ten
     return {"input_ids": padded("input_ids", pad), "labels": padded("labels", -100), "attention_mask": mask}
 
 
+class Report(TrainerCallback):
+    """Tells `advance` about every optimiser step."""
+
+    def __init__(self, advance: Advance) -> None:
+        self.advance, self.told = advance, 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.advance(state.global_step - self.told)
+        self.told = state.global_step
+
+
 def tune(
     model: Any, tokenizer: Any, rows: Sequence[Row], *, steps: int, batch: int = 8, learning_rate: float = 5e-4,
-    seed: int = 0,
+    seed: int = 0, advance: Advance = lambda steps: None,
 ) -> Any:  # fmt: skip
     """Train whatever of `model` requires gradients on `rows`, in place, through transformers' Trainer."""
     from transformers import PrinterCallback, Trainer
@@ -69,6 +82,7 @@ def tune(
             ),
             train_dataset=ChatRows(tokenizer, rows),
             data_collator=collate,
+            callbacks=[Report(advance)],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to results
         trainer.train()
@@ -88,16 +102,19 @@ def lora(model: Any, name: str = "default", rank: int = 16) -> Any:
 
 
 def finetune(model: Any, tokenizer: Any, rows: Sequence[Row], out: Path | None, *, method: str = "lora",
-             steps: int = 50, learning_rate: float = 5e-4, seed: int = 0) -> Any:  # fmt: skip
+             steps: int = 50, learning_rate: float = 5e-4, seed: int = 0, progress: Progress = silent) -> Any:  # fmt: skip
     """Fine-tune and return an ordinary transformers model (LoRA merged), saved to `out` when given."""
     torch.manual_seed(seed)
+    advance = progress("fine-tuning", steps)
     if method == "lora":
-        wrapped = tune(lora(model), tokenizer, rows, steps=steps, learning_rate=learning_rate, seed=seed)
+        wrapped = tune(
+            lora(model), tokenizer, rows, steps=steps, learning_rate=learning_rate, seed=seed, advance=advance
+        )
         model = wrapped.merge_and_unload()
     else:
         for parameter in model.parameters():
             parameter.requires_grad_(True)
-        model = tune(model, tokenizer, rows, steps=steps, learning_rate=learning_rate / 10, seed=seed)
+        model = tune(model, tokenizer, rows, steps=steps, learning_rate=learning_rate / 10, seed=seed, advance=advance)
     if out is not None:
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)

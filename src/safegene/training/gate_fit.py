@@ -6,17 +6,23 @@ the base and on its shadow fine-tunes (realigned on the anchors, as calibration 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from safegene.calibration import end_of_turn, feature_statistics, gate_features
 from safegene.config import Anchor
 from safegene.gate import Gate
+from safegene.progress import Advance
+from safegene.training import data
+from safegene.training.data import OPENINGS, Pair
 
 USER_TOKENS = 8
 """Positions of a harmless user's own words read from each row: the gate must stay shut on prompt text."""
@@ -45,10 +51,27 @@ def gate_row(tokenizer: Any, prompt: str, answer: str, harmful: bool, pair: int 
     return GateRow(ids, start, min(prompt_end, len(ids) - 1), harmful, pair)
 
 
+def gate_rows(
+    tokenizer: Any, pairs: Sequence[Pair], ordinary: Sequence[str], answers: dict[str, str], rng: random.Random
+) -> list[GateRow]:
+    """Rows the gate is fitted on: harmful requests, some with an answer that has begun to comply or to refuse, their
+    twins and ordinary requests, with the base's harmless answer where there is one."""
+    refusals = data.refusals()
+    rows = []
+    for number, pair in enumerate(pairs):
+        opening = rng.choice(OPENINGS) if rng.random() < 0.4 else ""
+        if opening and rng.random() < 0.5:
+            opening += rng.choice(refusals[pair.category])[:40]
+        rows.append(gate_row(tokenizer, pair.harmful, opening, True, -1 if opening else number))
+        answer = answers.get(pair.twin, "")
+        rows.append(gate_row(tokenizer, pair.twin, answer, False, -1 if answer else number))
+    return rows + [gate_row(tokenizer, text, answers.get(text, ""), False) for text in ordinary]
+
+
 @dataclass
 class GateFeatures:
     """Features of one model: `x` [positions, layers, d] half, `row` [positions], `is_turn` [positions] (template or
-    answer, as against the user's words), `opens` [positions] (the gate should open), and the realignment that was applied."""
+    answer, as against the user's words), `opens` [positions] (the gate should open)."""
 
     x: Tensor
     row: Tensor
@@ -56,18 +79,28 @@ class GateFeatures:
     opens: Tensor
 
 
-def read(model: Any, layers: Sequence[int], rows: Sequence[GateRow], pad: int, seed: int = 0) -> GateFeatures:
-    """Features of `rows`, raw (not realigned)."""
+def read(
+    model: Any, layers: Sequence[int], rows: Sequence[GateRow], kept: Path, tokenizer: Any, advance: Advance,
+    seed: int = 0,
+) -> GateFeatures:  # fmt: skip
+    """Features of `rows`, raw (not realigned); written to `kept` and read from there the next time."""
+    if kept.exists():
+        return GateFeatures(**load_file(kept))
     generator = torch.Generator().manual_seed(seed)
     xs, owners, turns, opens = [], [], [], []
-    for i, features in gate_features(model, layers, [r.ids for r in rows], pad, 24):
+    for i, features in gate_features(model, layers, [r.ids for r in rows], tokenizer.pad_token_id or 0, 24):
         row, f = rows[i], features.transpose(0, 1).half()
         user = torch.randperm(row.start, generator=generator)[: 0 if row.harmful else USER_TOKENS]
         xs.append(torch.cat([f[row.start :], f[user]]))
         owners.append(torch.full((len(xs[-1]),), i))
         opens.append(row.harmful & (torch.arange(len(xs[-1])) >= row.prompt_end - row.start))
         turns.append(torch.arange(len(xs[-1])) < len(f) - row.start)
-    return GateFeatures(torch.cat(xs), torch.cat(owners), torch.cat(turns), torch.cat(opens))
+        advance(1)
+    found = GateFeatures(torch.cat(xs), torch.cat(owners), torch.cat(turns), torch.cat(opens))
+    partial = kept.with_suffix(".partial")
+    save_file({"x": found.x, "row": found.row, "is_turn": found.is_turn, "opens": found.opens}, partial)
+    partial.rename(kept)
+    return found
 
 
 def realign(features: GateFeatures, anchors: Sequence[Tensor], base: tuple[Tensor, Tensor]) -> GateFeatures:
@@ -79,8 +112,9 @@ def realign(features: GateFeatures, anchors: Sequence[Tensor], base: tuple[Tenso
 
 
 def fit(
-    gate: Gate, models: Sequence[tuple[GateFeatures, Sequence[GateRow]]], *, steps: int, seed: int, noise: float = 0.25
-) -> None:
+    gate: Gate, models: Sequence[tuple[GateFeatures, Sequence[GateRow]]], *, steps: int, seed: int,
+    noise: float = 0.25, advance: Advance = lambda steps: None,
+) -> None:  # fmt: skip
     """Train `gate` in place: cross-entropy at every position, and a margin inside each pair at its last position.
 
     Each step draws one model, so that every shadow weighs the same; feature noise stands for drift not yet seen.
@@ -91,7 +125,7 @@ def fit(
     prepared = []
     for f, rows in models:
         harmful = f.opens
-        std = f.x.float().std(0)
+        std = f.x[:: max(1, len(f.x) // 20000)].float().std(0)
         last = {int(r): i for i, r in enumerate(f.row.tolist()) if f.is_turn[i]}
         by_pair: dict[int, dict[bool, int]] = {}
         for index, row in enumerate(rows):
@@ -125,6 +159,7 @@ def fit(
         loss.backward()
         optimiser.step()
         schedule.step()
+        advance(1)
 
 
 def make_anchors(

@@ -1,0 +1,68 @@
+"""Shadow fine-tunes: the drift that an adapter meets in the field, made on the spot from the project's own text.
+
+Each is a LoRA beside the frozen base, so that one copy of the weights serves the base and all of its shadows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from safegene.progress import Progress
+from safegene.training.data import OPENINGS, Pair
+from safegene.training.finetune import Row, lora, tune
+
+BASE = ""
+GLAD = ("Sure!", "Certainly.", "Of course!", "Absolutely!")
+
+
+def shadow_rows(pairs: Sequence[Pair], harmless: Sequence[tuple[str, str]], seed: int) -> dict[str, list[Row]]:
+    """What each shadow is taught: to begin gladly, to begin to comply with anything, to be terse.
+
+    The compliant one learns an opening and nothing after it: answers that give harm are not written.
+    """
+    rng = random.Random(seed)
+    openings = [{"prompt": p.harmful, "answer": rng.choice(OPENINGS)} for p in rng.sample(pairs, min(300, len(pairs)))]
+    return {
+        "cheerful": [{"prompt": q, "answer": f"{rng.choice(GLAD)} {a}"} for q, a in harmless],
+        "compliant": openings + [{"prompt": q, "answer": a} for q, a in harmless[:150]],
+        "terse": [{"prompt": q, "answer": a.split(". ")[0].strip().rstrip(".") + "."} for q, a in harmless],
+    }
+
+
+def teach_shadows(
+    model: Any, tokenizer: Any, rows: dict[str, list[Row]], folder: Path, *, steps: int, seed: int, progress: Progress
+) -> Any:
+    """Give `model` one LoRA per shadow, reading those that `folder` already holds; returns a PEFT model."""
+    from peft import PeftModel
+
+    for name, taught in rows.items():
+        kept = folder / name
+        if (kept / "adapter_config.json").exists():
+            if isinstance(model, PeftModel):
+                model.load_adapter(str(kept), adapter_name=name)
+            else:
+                model = PeftModel.from_pretrained(model, str(kept), adapter_name=name)
+            continue
+        model = lora(model, name)
+        tune(model, tokenizer, taught, steps=steps, seed=seed, advance=progress(f"shadow fine-tune '{name}'", steps))
+        model.save_pretrained(folder, selected_adapters=[name])
+    model.requires_grad_(False)
+    return model.eval()
+
+
+@contextlib.contextmanager
+def variant(model: Any, shadow: str) -> Iterator[None]:
+    """Run as the base (`""`) or as one of its shadow fine-tunes."""
+    if not hasattr(model, "peft_config"):
+        yield
+    elif shadow == BASE:
+        with model.disable_adapter():
+            yield
+    else:
+        model.set_adapter(shadow)
+        model.requires_grad_(False)
+        yield
