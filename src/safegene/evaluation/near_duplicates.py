@@ -67,8 +67,8 @@ def main(data_folder: str) -> int:
     from safegene.training import data
 
     frames = {"how": data.FRAMES[0], "ask": "{}"}
-    texts = {frames[row["form"]].format(row[side]) for row in data.cores() for side in ("harmful", "twin")}
-    texts = sorted(texts | set(data.ordinary()))
+    paired = {frames[row["form"]].format(row[side]) for row in data.cores() for side in ("harmful", "twin")}
+    texts = sorted(paired | set(data.ordinary()))
     prompts = sorted(set(public.every_prompt(public.resolve(data_folder))))
     found = near(texts, prompts)
     for similarity, text, prompt in found:
