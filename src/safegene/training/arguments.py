@@ -23,23 +23,27 @@ class TrainingArguments:
     rank: int = 16
     dtype: str = "bfloat16"
     seed: int = 0
-    frames_per_core: int = 5
+    frames_per_core: int = 3
     held_out: float = 0.08
-    harmless_answers: int = 700
+    harmless_answers: int = 1400
+    """How many harmless requests the base answers for us, half of them twins."""
     answer_tokens: int = 48
-    long_answers: int = 96
+    long_answers: int = 400
+    """How many of the ordinary ones at full length: the gate has to stay shut through an answer, not only at its start.
+    Half of these are kept out of training and set the threshold."""
     long_answer_tokens: int = 200
-    """The gate has to stay shut through long answers, not only where they begin."""
     shadow_steps: int = 45
     gate_steps: int = 2000
-    twins_opened: float = 0.2
-    """Share of held-out twins on which the gate may open: sets the threshold on the base."""
-    steps: int = 320
-    rows_per_step: int = 14
+    twin_weight: float = 0.5
+    """Weight of the twins in the gate's loss (see `gate_fit.fit`)."""
+    false_alarms: float = 0.04
+    """Share of unseen ordinary chats, answers included, in which the gate may open: sets the threshold on the base."""
+    steps: int = 600
+    rows_per_step: int = 40
     learning_rate: float = 2e-3
     misfire_training: bool = True
     drift_augmentation: bool = True
-    anchors_per_kind: int = 48
+    anchors_per_kind: int = 80
 
     @classmethod
     def from_yaml(cls, path: Path) -> Self:

@@ -91,6 +91,15 @@ class Pair:
     core: str
 
 
+def opening(pair: Pair, twin_answer: str, rng: random.Random) -> str:
+    """How an answer to the harmful request may have begun to comply: an opening, or up to 40 words of the harmless answer
+    to its twin. It is never an answer to the request."""
+    words = twin_answer.split()
+    if words and rng.random() < 0.4:
+        return " ".join(words[: rng.randint(3, 40)]) + " "
+    return rng.choice(OPENINGS)
+
+
 def read_jsonl(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
     """Rows of a JSONL file that all hold `keys` as non-empty text.
 

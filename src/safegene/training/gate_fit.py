@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from safegene.calibration import end_of_turn, feature_statistics, gate_features
-from safegene.config import Anchor
+from safegene.config import Anchor, AnchorLabel
 from safegene.gate import Gate
 from safegene.progress import Advance
 from safegene.training import data
-from safegene.training.data import OPENINGS, Pair
+from safegene.training.data import Pair, opening
 
 USER_TOKENS = 8
 """Positions of a harmless user's own words read from each row: the gate must stay shut on prompt text."""
@@ -30,25 +30,25 @@ USER_TOKENS = 8
 
 @dataclass(frozen=True)
 class GateRow:
-    """Token ids; index of the first token after the user's words; index of the prompt's last token, from which on a
-    harmful row should open the gate; whether it is harmful; the pair it belongs to (−1: none).
+    """One chat: token ids; index of the first token after the user's words; index of the prompt's last token, from which
+    on a harmful row should open the gate; its label; the pair it belongs to (−1: none).
 
-    The template's tokens between the two carry too little: asked to open there as well, the gate opened on 68 % of
-    held-out twins. There it must be shut on every row.
+    The template's tokens between the two places carry too little to demand an opening there (docs/log.md): on harmful
+    rows they are left free, on harmless ones the gate is shut.
     """
 
     ids: list[int]
     start: int
     prompt_end: int
-    harmful: bool
+    label: AnchorLabel
     pair: int = -1
 
 
-def gate_row(tokenizer: Any, prompt: str, answer: str, harmful: bool, pair: int = -1) -> GateRow:
+def gate_row(tokenizer: Any, prompt: str, answer: str, label: AnchorLabel, pair: int = -1) -> GateRow:
     """Token ids and places of one chat turn (see `calibration.end_of_turn`)."""
     ids, start = end_of_turn(tokenizer, prompt, answer)
     prompt_end = len(end_of_turn(tokenizer, prompt)[0]) - 1
-    return GateRow(ids, start, min(prompt_end, len(ids) - 1), harmful, pair)
+    return GateRow(ids, start, min(prompt_end, len(ids) - 1), label, pair)
 
 
 def gate_rows(
@@ -59,24 +59,23 @@ def gate_rows(
     refusals = data.refusals()
     rows = []
     for number, pair in enumerate(pairs):
-        opening = rng.choice(OPENINGS) if rng.random() < 0.4 else ""
-        if opening and rng.random() < 0.5:
-            opening += rng.choice(refusals[pair.category])[:40]
-        rows.append(gate_row(tokenizer, pair.harmful, opening, True, -1 if opening else number))
         answer = answers.get(pair.twin, "")
-        rows.append(gate_row(tokenizer, pair.twin, answer, False, -1 if answer else number))
-    return rows + [gate_row(tokenizer, text, answers.get(text, ""), False) for text in ordinary]
+        begun = opening(pair, answer, rng) if rng.random() < 0.4 else ""
+        if begun and rng.random() < 0.4:
+            begun += rng.choice(refusals[pair.category])[:40]
+        rows.append(gate_row(tokenizer, pair.harmful, begun, "harmful", number))
+        rows.append(gate_row(tokenizer, pair.twin, answer, "twin", number))
+    return rows + [gate_row(tokenizer, text, answers.get(text, ""), "ordinary") for text in ordinary]
 
 
 @dataclass
 class GateFeatures:
-    """Features of one model: `x` [positions, layers, d] half, `row` [positions], `is_turn` [positions] (template or
-    answer, as against the user's words), `opens` [positions] (the gate should open)."""
+    """Features of one model: `x` [positions, layers, d] half, `row` [positions], `place` [positions]: −1 the user's words
+    and the template, 0 the prompt's last token, 1 the answer."""
 
     x: Tensor
     row: Tensor
-    is_turn: Tensor
-    opens: Tensor
+    place: Tensor
 
 
 def read(
@@ -87,18 +86,22 @@ def read(
     if kept.exists():
         return GateFeatures(**load_file(kept))
     generator = torch.Generator().manual_seed(seed)
-    xs, owners, turns, opens = [], [], [], []
+    xs, owners, places = [], [], []
     for i, features in gate_features(model, layers, [r.ids for r in rows], tokenizer.pad_token_id or 0, 24):
         row, f = rows[i], features.transpose(0, 1).half()
-        user = torch.randperm(row.start, generator=generator)[: 0 if row.harmful else USER_TOKENS]
-        xs.append(torch.cat([f[row.start :], f[user]]))
-        owners.append(torch.full((len(xs[-1]),), i))
-        opens.append(row.harmful & (torch.arange(len(xs[-1])) >= row.prompt_end - row.start))
-        turns.append(torch.arange(len(xs[-1])) < len(f) - row.start)
+        where = torch.arange(row.prompt_end, len(f))
+        place = (where > row.prompt_end).long()
+        if row.label != "harmful":
+            user = torch.randperm(row.start, generator=generator)[:USER_TOKENS]
+            shut = torch.cat([user, torch.arange(row.start, row.prompt_end)])
+            where, place = torch.cat([where, shut]), torch.cat([place, torch.full((len(shut),), -1)])
+        xs.append(f[where])
+        places.append(place)
+        owners.append(torch.full((len(where),), i))
         advance(1)
-    found = GateFeatures(torch.cat(xs), torch.cat(owners), torch.cat(turns), torch.cat(opens))
+    found = GateFeatures(torch.cat(xs), torch.cat(owners), torch.cat(places))
     partial = kept.with_suffix(".partial")
-    save_file({"x": found.x, "row": found.row, "is_turn": found.is_turn, "opens": found.opens}, partial)
+    save_file({"x": found.x, "row": found.row, "place": found.place}, partial)
     partial.rename(kept)
     return found
 
@@ -107,34 +110,46 @@ def realign(features: GateFeatures, anchors: Sequence[Tensor], base: tuple[Tenso
     """Put mean and scale back to the base's, as attach-time calibration does."""
     mean, std = feature_statistics(anchors)
     scale = base[1] / std
-    features.x = ((features.x.float() - mean) * scale + base[0]).half()
+    for part in features.x.split(50_000):  # in place and in parts: the whole in float32 would not fit beside the model
+        part.copy_((part.float() - mean) * scale + base[0])
     return features
+
+
+LOSS = (
+    ("harmful", 0, 256, 1.0), ("harmful", 1, 128, 0.5), ("ordinary", 0, 256, 1.0), ("ordinary", 1, 384, 1.0),
+    ("twin", 1, 256, 0.5), ("ordinary", -1, 96, 0.3), ("twin", -1, 96, 0.3),
+)  # fmt: skip
+"""(label, place, positions a step, weight) of the cross-entropy; twins at the prompt's end have their own weight."""
 
 
 def fit(
     gate: Gate, models: Sequence[tuple[GateFeatures, Sequence[GateRow]]], *, steps: int, seed: int,
-    noise: float = 0.25, advance: Advance = lambda steps: None,
+    twin_weight: float = 0.5, noise: float = 0.5, advance: Advance = lambda steps: None,
 ) -> None:  # fmt: skip
-    """Train `gate` in place: cross-entropy at every position, and a margin inside each pair at its last position.
+    """Train `gate` in place: cross-entropy at every position, and a margin inside each pair at the prompt's end.
 
-    Each step draws one model, so that every shadow weighs the same; feature noise stands for drift not yet seen.
+    Each step draws one model, so that every shadow weighs the same; feature noise stands for drift not yet seen. Twins
+    weigh less than ordinary requests on purpose: an opening on a twin is made harmless by misfire training, a harmful
+    request that is missed is lost.
     """
     torch.manual_seed(seed)
     optimiser = torch.optim.AdamW(gate.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     prepared = []
     for f, rows in models:
-        harmful = f.opens
         std = f.x[:: max(1, len(f.x) // 20000)].float().std(0)
-        last = {int(r): i for i, r in enumerate(f.row.tolist()) if f.is_turn[i]}
-        by_pair: dict[int, dict[bool, int]] = {}
-        for index, row in enumerate(rows):
-            if row.pair >= 0 and index in last:
-                by_pair.setdefault(row.pair, {})[row.harmful] = last[index]
-        both = torch.tensor([[p[True], p[False]] for p in by_pair.values() if len(p) == 2])
-        groups = [torch.nonzero(harmful)[:, 0], torch.nonzero(~harmful & f.is_turn)[:, 0],
-                  torch.nonzero(~harmful & ~f.is_turn)[:, 0]]  # fmt: skip
-        prepared.append((f.x, std, both, groups))
+        labels = [r.label for r in rows]
+        of = {label: torch.tensor([own == label for own in labels])[f.row] for label in ("harmful", "twin", "ordinary")}
+        groups = [
+            (torch.nonzero(of[label] & (f.place == place))[:, 0], label, n, weight) for label, place, n, weight in LOSS
+        ]
+        ends: dict[int, dict[str, int]] = {}
+        for index in torch.nonzero(f.place == 0)[:, 0].tolist():
+            row = rows[int(f.row[index])]
+            if row.pair >= 0:
+                ends.setdefault(row.pair, {})[row.label] = index
+        both = torch.tensor([[p["harmful"], p["twin"]] for p in ends.values() if len(p) == 2])
+        prepared.append((f.x, std, both, [g for g in groups if len(g[0])]))
 
     for step in range(steps):
         x, std, both, groups = prepared[step % len(prepared)]
@@ -144,17 +159,18 @@ def fit(
             features = features + noise * std * torch.randn_like(features)
             return gate.score(list(features.unbind(1)))
 
-        def draw(group: Tensor, n: int) -> Tensor:
-            return group[torch.randint(0, len(group), (n,))]
-
-        loss = F.softplus(-score(draw(groups[0], 192))).mean()
-        loss = loss + 1.5 * F.softplus(score(draw(groups[1], 256))).mean()
-        if len(groups[2]):
-            loss = loss + 0.5 * F.softplus(score(draw(groups[2], 128))).mean()
+        loss = torch.zeros(())
+        for members, label, n, weight in groups:
+            scores = score(members[torch.randint(0, len(members), (n,))])
+            loss = loss + weight * F.softplus(-scores if label == "harmful" else scores).mean()
         if len(both):
-            pair = both[torch.randint(0, len(both), (128,))]
+            pair = both[torch.randint(0, len(both), (256,))]
             high, low = score(pair[:, 0]), score(pair[:, 1])
-            loss = loss + F.softplus(-high).mean() + F.softplus(low).mean() + 0.5 * F.softplus(2.0 - high + low).mean()
+            loss = (
+                loss
+                + F.softplus(-high).mean()
+                + twin_weight * (F.softplus(low) + 0.5 * F.softplus(2.0 - high + low)).mean()
+            )
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

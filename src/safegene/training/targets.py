@@ -13,18 +13,25 @@ from torch.utils.data import Dataset
 from safegene.calibration import end_of_turn
 from safegene.training import data
 from safegene.training.arguments import TrainingArguments
-from safegene.training.data import OPENINGS, Pair
+from safegene.training.data import Pair
+
+DECISION_TOKENS = 5
+"""Whether an answer refuses is settled by its first tokens: rows cut there cost a third, and show three times the variety."""
 
 
 class Targets(Dataset[dict[str, Any]]):
-    """What an open gate should lead to. Every index is one mixed batch, drawn from the seed and the index alone."""
+    """What an open gate should lead to. Every index is one batch, drawn from the seed and the index alone: two batches
+    of many short rows that decide between refusing and answering, then one of fewer whole answers."""
 
     def __init__(
         self, tokenizer: Any, pairs: Sequence[Pair], harmless: Sequence[tuple[str, str]], arguments: TrainingArguments
     ) -> None:
         self.tokenizer, self.pairs, self.arguments = tokenizer, pairs, arguments
         # A misfire is judged by how the answer begins; long answers would only fill the batch.
-        self.harmless = [(q, a[:240]) for q, a in harmless]
+        self.answers = {q: a[:240] for q, a in harmless}
+        twins = {p.twin for p in pairs}
+        self.twins = [q for q in self.answers if q in twins]
+        self.ordinary = [q for q in self.answers if q not in twins]
         self.refusals = data.refusals()
 
     def __len__(self) -> int:
@@ -32,27 +39,39 @@ class Targets(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = random.Random(f"{self.arguments.seed}/{index}")
-        n = self.arguments.rows_per_step
-        share = n // 2 if self.arguments.misfire_training else n
-        rows = [self._harmful(rng) for _ in range(share)]
-        rows += [self._row(*rng.choice(self.harmless), rng, end=False) for _ in range(n - share)]
+        whole = index % 3 == 2
+        n = self.arguments.rows_per_step // (3 if whole else 1)
+        harmful = n // 2 if self.arguments.misfire_training else n
+        rows = [self._harmful(rng, whole) for _ in range(harmful)]
+        for _ in range(n - harmful):
+            question = rng.choice(self.twins if self.twins and rng.random() < 0.8 else self.ordinary)
+            rows.append(self._row(question, self.answers[question], rng, whole, end=False))
         return {"rows": rows}
 
-    def _harmful(self, rng: random.Random) -> dict[str, list[int]]:
+    def _harmful(self, rng: random.Random, whole: bool) -> dict[str, list[int]]:
         pair = rng.choice(self.pairs)
-        refusal = rng.choice(self.refusals[pair.category])
-        opening = rng.choice(OPENINGS) if self.arguments.drift_augmentation and rng.random() < 0.45 else ""
-        return self._row(pair.harmful, refusal, rng, opening)
+        begun = ""
+        if self.arguments.drift_augmentation and rng.random() < 0.35:
+            begun = data.opening(pair, self.answers.get(pair.twin, ""), rng)
+        return self._row(pair.harmful, rng.choice(self.refusals[pair.category]), rng, whole, begun)
 
     def _row(
-        self, prompt: str, answer: str, rng: random.Random, opening: str = "", end: bool = True
+        self, prompt: str, answer: str, rng: random.Random, whole: bool, begun: str = "", end: bool = True
     ) -> dict[str, list[int]]:
-        ids, _ = end_of_turn(self.tokenizer, prompt, opening)
+        ids, after_words = end_of_turn(self.tokenizer, prompt, begun)
         target = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
         target = [*target, self.tokenizer.eos_token_id] if end else target
+        target = target if whole else target[:DECISION_TOKENS]
         prompt_end = len(end_of_turn(self.tokenizer, prompt)[0]) - 1
-        # Now and then the gate wakes late, as it does in an answer that slides into compliance.
-        first = prompt_end if rng.random() < 0.6 else rng.randint(min(prompt_end, len(ids) - 1), len(ids) - 1)
+        # The gate is asked to open at the prompt's end; now and then it opens on the template's tokens before, or wakes
+        # late, as it does in an answer that slides into compliance.
+        draw = rng.random()
+        if draw < 0.2:
+            first = after_words
+        elif draw < 0.8 or not begun:
+            first = prompt_end
+        else:
+            first = rng.randint(min(prompt_end, len(ids) - 1), len(ids) - 1)
         opened = [0] * first + [1] * (len(ids) + len(target) - first)
         if rng.random() < 0.3:  # a gate read anew at every token flickers on the refusal's own words
             opened[len(ids) :] = [int(rng.random() < 0.7) for _ in target]

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from safegene import models
 from safegene.adapter import SafetyAdapter
 from safegene.calibration import anchor_scores, boundary, end_of_turn, feature_statistics, read_anchors
-from safegene.config import AdapterConfig
+from safegene.config import AdapterConfig, Anchor
 from safegene.errors import DataError
 from safegene.progress import Progress, silent
 from safegene.training import contamination, data
@@ -59,15 +59,30 @@ class OpenGate(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, opened: Tensor) -> dict[str, Tensor]:
         """Cross-entropy of the targets with the gate open where `opened` is 1; [rows, positions] each."""
-        self._g = opened[..., None].float()
+        base, start = self._base[0], common_prefix(input_ids, opened)
         self._strength = self._rng.uniform(0.7, 1.5) if self.training else 1.0
-        try:
-            with variant(self._base[0], self._rng.choice(self._shadows)):
-                logits = self._base[0](input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        finally:
-            self._g = None
-        keep = labels[:, 1:] != -100
-        return {"loss": F.cross_entropy(logits[:, :-1][keep].float(), labels[:, 1:][keep])}
+        keep = labels[:, start + 1 :] != -100
+        with variant(base, self._rng.choice(self._shadows)):
+            # Every chat begins with the template's same tokens: they are read once, and no gradient reaches them.
+            with torch.no_grad():
+                cache = base(input_ids=input_ids[:1, :start], use_cache=True, logits_to_keep=1).past_key_values
+            cache.batch_repeat_interleave(len(input_ids))
+            self._g = opened[:, start:, None].float()
+            try:
+                decoder = models.unwrap(base).get_decoder()
+                hidden = decoder(
+                    input_ids=input_ids[:, start:], attention_mask=attention_mask, past_key_values=cache
+                ).last_hidden_state
+            finally:
+                self._g = None
+            logits = models.unwrap(base).get_output_embeddings()(hidden[:, :-1][keep])
+        return {"loss": F.cross_entropy(logits.float(), labels[:, start + 1 :][keep])}
+
+
+def common_prefix(input_ids: Tensor, opened: Tensor) -> int:
+    """Number of leading positions, at least 1, that hold the same token in every row and a shut gate; [rows, positions]."""
+    differs = ((input_ids != input_ids[:1]) | (opened > 0)).any(0)
+    return max(1, int(differs.int().argmax()) if bool(differs.any()) else input_ids.shape[1] - 1)
 
 
 def train(
@@ -101,12 +116,15 @@ def train(
         model, tokenizer, taught, out / "shadows", steps=arguments.shadow_steps, seed=arguments.seed, progress=progress
     )
 
-    k = arguments.anchors_per_kind
-    chosen = rng.sample(pairs, min(k, len(pairs)))
-    everyday = set(ordinary)
-    anchors = make_anchors(
-        [p.harmful for p in chosen], [p.twin for p in chosen], [(q, a[:300]) for q, a in harmless if q in everyday][:k]
-    )
+    # Anchors and the chats that set the threshold are unseen by the gate: on what it was fitted on it is too sure of itself.
+    k, everyday = arguments.anchors_per_kind, set(ordinary)
+    chosen = list({p.core: p for p in pairs}.values())[: min(k, len(pairs) // 8)]
+    pairs = [p for p in pairs if p.core not in {c.core for c in chosen}]
+    chats = [(q, a) for q, a in harmless if q in everyday]
+    unseen, chats = chats[: arguments.long_answers // 2], chats[arguments.long_answers // 2 :]
+    anchors = make_anchors([p.harmful for p in chosen], [p.twin for p in chosen], [(q, a[:300]) for q, a in chats[:k]])
+    kept_out = {q for q, _ in unseen} | {q for q, _ in chats[:k]}
+    ordinary = [q for q in ordinary if q not in kept_out]
     torch.manual_seed(arguments.seed)
     adapter = SafetyAdapter(
         AdapterConfig(
@@ -118,7 +136,8 @@ def train(
     )  # fmt: skip
     adapter.sketch = sketch
     rows = gate_rows(tokenizer, pairs, ordinary, dict(harmless), rng)
-    _fit_gate(adapter, model, tokenizer, rows, held_out or pairs[:100], tuple(taught), arguments, out, progress)
+    dev = make_anchors([p.harmful for p in held_out], [p.twin for p in held_out], unseen)
+    _fit_gate(adapter, model, tokenizer, rows, dev, tuple(taught), arguments, out, progress)
     _train_interventions(
         adapter, model, Targets(tokenizer, pairs, harmless, arguments), tuple(taught), arguments, out, progress
     )
@@ -156,10 +175,10 @@ def _harmless_answers(
 
 
 def _fit_gate(
-    adapter: SafetyAdapter, model: Any, tokenizer: Any, rows: Sequence[GateRow], held_out: Sequence[Pair],
+    adapter: SafetyAdapter, model: Any, tokenizer: Any, rows: Sequence[GateRow], dev: Sequence[Anchor],
     shadows: Sequence[str], arguments: TrainingArguments, out: Path, progress: Progress,
 ) -> None:  # fmt: skip
-    """Fit the gate on the base and its shadows, and set its threshold on held-out pairs of the base."""
+    """Fit the gate on the base and its shadows, and set its threshold on development chats of the base."""
     layers, anchors = adapter.config.gate_layers, adapter.config.anchors
     sets: list[tuple[GateFeatures, Sequence[GateRow]]] = []
     for name in (BASE, *shadows):
@@ -173,22 +192,23 @@ def _fit_gate(
             found = read(model, layers, some, out / f"features-{name or 'base'}.safetensors", tokenizer, advance)
         sets.append((realign(found, features, (adapter.anchor_mean, adapter.anchor_std)), some))
     advance = progress("fitting the gate", arguments.gate_steps)
-    fit(adapter.gate, sets, steps=arguments.gate_steps, seed=arguments.seed, advance=advance)
+    fit(
+        adapter.gate, sets, steps=arguments.gate_steps, seed=arguments.seed, twin_weight=arguments.twin_weight,
+        advance=advance,
+    )  # fmt: skip
 
     zero, one = torch.zeros_like(adapter.anchor_mean), torch.ones_like(adapter.anchor_std)
     boundary_of_base = boundary(anchor_scores(adapter, base_features, zero, one), harmful)
-    unseen = make_anchors([p.harmful for p in held_out], [p.twin for p in held_out], [])
     with variant(model, BASE):
-        features, harmful = read_anchors(model, layers, tokenizer, unseen)
+        features, _ = read_anchors(model, layers, tokenizer, dev)
     scores = anchor_scores(adapter, features, zero, one)
-    # Held-out pairs are development data. A misfire on a twin costs little (misfire training), a miss costs safety.
-    threshold = float(scores[~harmful].quantile(1 - arguments.twins_opened))
+    of = {label: scores[torch.tensor([a.label == label for a in dev])] for label in ("harmful", "twin", "ordinary")}
+    judged = of["ordinary"] if len(of["ordinary"]) else of["twin"]
+    threshold = float(judged.quantile(1 - arguments.false_alarms))
     adapter.config = dataclasses.replace(adapter.config, threshold=threshold, boundary=boundary_of_base)
-    report = {
-        "threshold": threshold, "held_out_pairs": len(held_out),
-        "held_out_caught": float((scores[harmful] > threshold).float().mean()),
-        "held_out_twins_opened": float((scores[~harmful] > threshold).float().mean()),
-    }  # fmt: skip
+    report = {"threshold": threshold} | {
+        f"opened_{label}": {"n": len(s), "share": float((s > threshold).float().mean())} for label, s in of.items()
+    }
     (out / "gate.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
