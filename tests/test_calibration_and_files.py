@@ -29,7 +29,8 @@ def calibrated(model: Any, tokenizer: Any) -> SafetyAdapter:
     from safegene.calibration import feature_statistics, read_anchors
 
     adapter = random_adapter(model, tokenizer, anchors=ANCHORS)
-    features, harmful = read_anchors(model, (1, 2), tokenizer, ANCHORS)
+    features = read_anchors(model, (1, 2), tokenizer, ANCHORS)
+    harmful = torch.tensor([a.label == "harmful" for a in ANCHORS])
     adapter.anchor_mean, adapter.anchor_std = feature_statistics(features)
     adapter.requires_grad_(True)
     optimiser = torch.optim.Adam(adapter.gate.parameters(), lr=0.02)

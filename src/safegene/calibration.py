@@ -4,10 +4,10 @@ A fine-tune keeps the order of the gate's scores and loses their level (docs/log
 that travel with the adapter are read on the model, and
 
     features    x' = (x − μ) σ_base / σ + μ_base                   mean and scale of every feature put back
-    threshold   τ = b + (τ_base − b_base) (h − b) / (h_base − b_base)
+    threshold   τ = τ_base + ½ (b − b_base) + ½ (h − h_base)
 
-where b is the upper end of the harmless anchors' scores (90 % quantile) and h the lower end of the harmful ones'
-(10 % quantile). The ramp w stretches by the same factor.
+where b is the upper end of the ordinary anchors' scores, answers included (90 % quantile), and h the lower end of the
+harmful ones' (10 % quantile): the threshold moves with the middle of the two.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from safegene.adapter import SafetyAdapter
-from safegene.config import Anchor
+from safegene.config import Anchor, AnchorLabel
 from safegene.errors import CalibrationError
 from safegene.gate import normalise
 from safegene.models import decoder_layers, unwrap, weights_digest
@@ -141,18 +141,15 @@ def gate_features(
             h.remove()
 
 
-def read_anchors(
-    model: Any, layers: Sequence[int], tokenizer: Any, anchors: Sequence[Anchor]
-) -> tuple[list[Tensor], Tensor]:
-    """Features of every anchor from the prompt's last token on, [layers, positions, d] each, and the labels
-    (1 harmful, 0 harmless), in the anchors' order."""
+def read_anchors(model: Any, layers: Sequence[int], tokenizer: Any, anchors: Sequence[Anchor]) -> list[Tensor]:
+    """Features of every anchor from the prompt's last token on, [layers, positions, d] each, in the anchors' order."""
     last = [len(end_of_turn(tokenizer, a.text)[0]) - 1 for a in anchors]
     ends = [end_of_turn(tokenizer, a.text, a.answer) for a in anchors]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     read: dict[int, Tensor] = {}
     for i, features in gate_features(model, layers, [ids for ids, _ in ends], pad or 0):
         read[i] = features[:, min(last[i], features.shape[1] - 1) :]
-    return [read[i] for i in range(len(anchors))], torch.tensor([a.label == "harmful" for a in anchors])
+    return [read[i] for i in range(len(anchors))]
 
 
 def feature_statistics(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -171,9 +168,16 @@ def anchor_scores(adapter: SafetyAdapter, features: Sequence[Tensor], shift: Ten
         return torch.stack([adapter.gate.score(list((f - shift[:, None]) * scale[:, None])).max() for f in features])
 
 
-def boundary(scores: Tensor, harmful: Tensor) -> tuple[float, float]:
-    """(b, h): 90 % quantile of the harmless scores, 10 % quantile of the harmful ones."""
-    return float(scores[~harmful].quantile(0.9)), float(scores[harmful].quantile(0.1))
+def labelled(scores: Tensor, anchors: Sequence[Anchor], *labels: AnchorLabel) -> Tensor:
+    """The scores of the anchors that have one of `labels`."""
+    return scores[torch.tensor([a.label in labels for a in anchors])]
+
+
+def boundary(scores: Tensor, anchors: Sequence[Anchor]) -> tuple[float, float]:
+    """(b, h): 90 % quantile of the ordinary scores (of the twins' without ordinary anchors), 10 % of the harmful ones."""
+    shut = labelled(scores, anchors, "ordinary")
+    shut = shut if len(shut) else labelled(scores, anchors, "twin")
+    return float(shut.quantile(0.9)), float(labelled(scores, anchors, "harmful").quantile(0.1))
 
 
 def calibrate(model: Any, adapter: SafetyAdapter, tokenizer: Any) -> Calibration:
@@ -186,32 +190,33 @@ def calibrate(model: Any, adapter: SafetyAdapter, tokenizer: Any) -> Calibration
     labels = {a.label for a in config.anchors}
     if "harmful" not in labels or len(labels) < 2:
         raise CalibrationError("The adapter carries no labelled anchors; train it again, or attach without tokenizer.")
-    features, harmful = read_anchors(model, config.gate_layers, tokenizer, config.anchors)
+    features = read_anchors(model, config.gate_layers, tokenizer, config.anchors)
     mean, std = feature_statistics(features)
     if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
         raise CalibrationError("The model's hidden states hold NaN or infinity; check its weights.")
     scale = adapter.anchor_std / std
     shift = mean - adapter.anchor_mean / scale
     scores = anchor_scores(adapter, features, shift, scale)
-    low, high = boundary(scores, harmful)
-    base_low, base_high = config.boundary
-    stretch = max((high - low) / max(base_high - base_low, 1e-6), 0.25)
-    threshold = low + (config.threshold - base_low) * stretch
-    pairs = scores[harmful][:, None] - scores[~harmful][None]
-    auc = float((pairs > 0).float().mean() + 0.5 * (pairs == 0).float().mean())
+    low, high = boundary(scores, config.anchors)
+    threshold = config.threshold + 0.5 * (low - config.boundary[0]) + 0.5 * (high - config.boundary[1])
+    bad = labelled(scores, config.anchors, "harmful")
+    good = labelled(scores, config.anchors, "twin", "ordinary")
+    ordinary = labelled(scores, config.anchors, "ordinary")
+    wins = bad[:, None] - good[None]
+    auc = float((wins > 0).float().mean() + 0.5 * (wins == 0).float().mean())
     report = {
         "feature_shift": float(((mean - adapter.anchor_mean) / adapter.anchor_std).abs().mean()),
         "feature_scale": float(torch.log(std / adapter.anchor_std).abs().mean().exp()),
         "threshold_shift": threshold - config.threshold,
         "anchor_auc": auc,
-        "expected_misses": float((scores[harmful] <= threshold).float().mean()),
-        "expected_false_alarms": float((scores[~harmful] > threshold).float().mean()),
+        "expected_misses": float((bad <= threshold).float().mean()),
+        "expected_false_alarms": float((ordinary > threshold).float().mean()) if len(ordinary) else 0.0,
         "anchors": float(len(features)),
     }
     outside = ""
     if auc < MIN_SEPARATION:
         outside = f"The gate no longer tells harmful from harmless here (anchor AUC {auc:.2f} < {MIN_SEPARATION})"
     return Calibration(
-        shift, scale, threshold, config.ramp * stretch, config.strength,
+        shift, scale, threshold, config.ramp, config.strength,
         adapter=config.weights_sha256, checkpoint=weights_digest(model), outside=outside, report=report,
     )  # fmt: skip

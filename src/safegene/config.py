@@ -54,7 +54,7 @@ class AdapterConfig:
     strength: float = 1.0
     """α on the base model."""
     boundary: tuple[float, float] = (-1.0, 1.0)
-    """(b, h) of the anchors' scores on the base model (see `safegene.calibration`)."""
+    """(b, h) of the anchors' scores on the base model (see `safegene.calibration.boundary`)."""
     tokenizer_digest: str = ""
     anchors: tuple[Anchor, ...] = ()
     weights_sha256: str = ""

@@ -137,7 +137,7 @@ def load(name: str | Path, *, dtype: str | torch.dtype = "auto", device: str | N
 
 @torch.no_grad()
 def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int, *, openings: Sequence[str] = (), batch: int = 24,
+    model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int, *, openings: Sequence[str] = (), batch: int = 48,
     done: Callable[[int], None] = lambda rows: None,
 ) -> list[str]:  # fmt: skip
     """Greedy answers to single-turn prompts, in the prompts' order.

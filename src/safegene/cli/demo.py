@@ -8,10 +8,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from safegene.cli._run import stderr
+from safegene.cli._run import progress_bars
 from safegene.models import EMBEDDED
 
 
@@ -26,10 +25,8 @@ def command(
     from safegene.evaluation.demo import demo
     from safegene.evaluation.report import write
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=stderr, transient=True) as progress:
-        task = progress.add_task("starting")
-        result = demo(model, adapter, n=n, say=lambda text: progress.update(task, description=text))
+    with progress_bars() as progress:
+        result = demo(model, adapter, n=n, progress=progress)
     write(result, out)
     if as_json:
         print(json.dumps(result.to_dict()))

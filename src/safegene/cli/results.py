@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from safegene.cli._run import stderr
+from safegene.cli._run import progress_bars
 from safegene.models import EMBEDDED
 
 
@@ -32,13 +31,8 @@ def command(
     names = variants.split(",")
     if unknown := [v for v in names if v != "base" and v not in public.FINE_TUNES]:
         raise DataError(f"no variant '{unknown[0]}'; there are base, {', '.join(public.FINE_TUNES)}.")
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=stderr, transient=True) as progress:
-        task = progress.add_task("starting")
-        results = core(
-            model, adapter, public.resolve(data), out, n=n, variants=names,
-            say=lambda text: progress.update(task, description=text),
-        )  # fmt: skip
+    with progress_bars() as progress:
+        results = core(model, adapter, public.resolve(data), out, n=n, variants=names, progress=progress)
     if as_json:
         print(json.dumps(results))
     else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,29 +20,35 @@ from safegene.adapter import SafetyAdapter
 from safegene.attach import Handle, attach
 from safegene.calibration import Calibration, end_of_turn
 from safegene.evaluation import public
-from safegene.evaluation.demo import vertical
+from safegene.evaluation.demo import HELD_OUT, vertical
+from safegene.evaluation.judges import SUPPORT
 from safegene.evaluation.overhead import overhead
 from safegene.evaluation.run import Answers, ask, task_loss
-from safegene.evaluation.statistics import rate, retention
+from safegene.evaluation.statistics import paired_p, rate, retention
+from safegene.progress import Progress, silent
+from safegene.training.data import pairs
 from safegene.training.finetune import Row, collate, finetune
 
 FIGURE_SETS = ("AdvBench", "JailbreakBench", "MaliciousInstruct", "HarmBench standard")
+BESIDE = ("HarmBench contextual", "HarmBench copyright")
 TRANSFER_SETS = ("AdvBench", "JailbreakBench", "MaliciousInstruct")
 """Retention is measured on these, 100 prompts of each."""
 VERTICALS = ("customer_support", "medical_information", "legal_intake")
-ANSWER_TOKENS = 64
+PER_SET_ON_FINE_TUNES = 100
+ANSWER_TOKENS = 48
 CLOSED_TOKENS = 256
+CLOSED_PROMPTS = 120
 
 
 def core(
     model: str, adapter: str, data: Path, out: Path, *, n: int = 300, variants: Sequence[str] = ("base",),
-    say: Callable[[str], None] = print,
+    progress: Progress = silent,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure `adapter` on `model` and on fine-tunes of it.
 
     Args:
         data: folder of the public data sets (see `public`).
-        n: prompts of each set at most.
+        n: prompts of each set at most; on fine-tunes at most 100 of each.
         variants: "base" and names of `public.FINE_TUNES`.
 
     Returns:
@@ -56,17 +62,17 @@ def core(
     size = sum(p.numel() for p in loaded.model.parameters())
     results["parameters"] = {"count": gene.parameter_count(), "share": gene.parameter_count() / size}
     for name in variants:
-        current, task = loaded.model, None
+        current, task, few = loaded.model, None, n
+        sets: tuple[str, ...] = FIGURE_SETS + BESIDE
         if name != "base":
             rows, task = public.FINE_TUNES[name](data)
-            current = _fine_tune(model, rows, out / name / "model", say, name)
-        harmful = {k: v[:n] for k, v in public.harmful(data).items()}
-        if name != "base":
-            harmful = {k: harmful[k][: min(n, 100)] for k in TRANSFER_SETS}
-        harmless = {k: v[:n] for k, v in public.ordinary(data).items()}
-        harmless["verticals"] = [r["prompt"] for v in VERTICALS for r in vertical(v, "held_out")][:n]
-        harmless["XSTest safe"] = public.xstest(data, "safe")[:n]
-        study = _Variant(name, current, tokenizer, gene, out / name, digest, say)
+            current = _fine_tune(model, rows, out / name / "model", name, progress)
+            sets, few = TRANSFER_SETS, min(n, PER_SET_ON_FINE_TUNES)
+        harmful = {k: v[:few] for k, v in public.harmful(data).items() if k in sets}
+        harmless = {k: v[:few] for k, v in public.ordinary(data).items()}
+        harmless["verticals"] = [r["prompt"] for v in VERTICALS for r in vertical(v, "held_out")][:few]
+        harmless["XSTest safe"] = public.xstest(data, "safe")[:few]
+        study = _Variant(name, current, tokenizer, gene, out / name, digest, progress)
         results["variants"][name] = study.measure(harmful, harmless, task, data, n)
         del current, study
     base = results["variants"].get("base")
@@ -83,12 +89,17 @@ def core(
     return results
 
 
-def _fine_tune(model: str, rows: Sequence[Row], folder: Path, say: Callable[[str], None], name: str) -> Any:
+def _fine_tune(model: str, rows: Sequence[Row], folder: Path, name: str, progress: Progress) -> Any:
     if not (folder / "config.json").exists():
-        say(f"{name}: fine-tuning")
         loaded = models.load(model, dtype="bfloat16")
         part = folder.with_suffix(".part")
-        finetune(loaded.model, loaded.tokenizer, rows, part)
+        finetune(
+            loaded.model,
+            loaded.tokenizer,
+            rows,
+            part,
+            progress=lambda stage, total=0: progress(f"{name}: {stage}", total),
+        )
         part.rename(folder)
     return models.load(folder, dtype="bfloat16").model
 
@@ -97,14 +108,29 @@ class _Variant:
     """One model, with and without the adapter."""
 
     def __init__(self, name: str, model: Any, tokenizer: Any, gene: SafetyAdapter, out: Path, digest: str,
-                 say: Callable[[str], None]) -> None:  # fmt: skip
-        self.name, self.model, self.tokenizer, self.gene, self.say = name, model, tokenizer, gene, say
+                 progress: Progress) -> None:  # fmt: skip
+        self.name, self.model, self.tokenizer, self.gene, self.progress = name, model, tokenizer, gene, progress
         self.out, self.digest = out, digest
 
     def _ask(self, set_name: str, prompts: list[str], adapted: str, **options: Any) -> Answers:
-        self.say(f"{self.name}: {set_name}, {'with' if adapted != 'plain' else 'without'} adapter")
+        how = "with" if adapted != "plain" else "without"
+        advance = self.progress(f"{self.name}: {set_name}, {how} adapter", len(prompts))
         keep = self.out / adapted / f"{set_name.lower().replace(' ', '-')}.jsonl"
-        return ask(self.model, self.tokenizer, prompts, keep=keep, **{"tokens": ANSWER_TOKENS, **options})
+        options = {"tokens": ANSWER_TOKENS, **options}
+        return ask(self.model, self.tokenizer, prompts, keep=keep, done=advance, **options)
+
+    def _ask_where_open(self, set_name: str, plain: Answers, handle: Handle) -> tuple[Answers, list[bool]]:
+        """Answers with the adapter, generated only where the gate opens on the prompt or on the unadapted answer:
+        elsewhere the text is the unadapted model's by construction. And whether it opened."""
+        opened = [bool((o > 0).any()) for o in openings(handle, self.tokenizer, plain.prompts, plain.responses)]
+        some = [p for p, o in zip(plain.prompts, opened, strict=True) if o]
+        new = self._ask(f"{set_name} where open", some, self.digest) if some else Answers([], [])
+        answers, verdicts = iter(new.responses), iter(new.verdicts)
+        return Answers(
+            plain.prompts,
+            [next(answers) if o else r for o, r in zip(opened, plain.responses, strict=True)],
+            [next(verdicts) if o else v for o, v in zip(opened, plain.verdicts, strict=True)],
+        ), opened
 
     def measure(
         self, harmful: dict[str, list[str]], harmless: dict[str, list[str]], task: list[Row] | None, data: Path, n: int
@@ -112,9 +138,9 @@ class _Variant:
         """All figures of this variant; see the keys."""
         found: dict[str, Any] = {"harmful": {}, "harmless": {}}
         plain = {k: self._ask(k, v, "plain") for k, v in {**harmful, **harmless}.items()}
-        ordinary = [(k, p) for k in harmless if k != "XSTest safe" for p in harmless[k]][: max(n, 20)]
-        ordinary = ordinary[:: max(1, len(ordinary) // 150)]
-        long = self._ask("ordinary 256", [p for _, p in ordinary], "plain", tokens=CLOSED_TOKENS)
+        ordinary = [p for k in harmless if k != "XSTest safe" for p in harmless[k]]
+        ordinary = ordinary[:: max(1, -(-len(ordinary) // min(n, CLOSED_PROMPTS)))]
+        long = self._ask("ordinary 256", ordinary, "plain", tokens=CLOSED_TOKENS)
         loss = task_loss(self.model, self.tokenizer, task) if task else None
 
         start = time.perf_counter()
@@ -131,16 +157,15 @@ class _Variant:
                     rate([bool(o[-1] > 0) for o in openings(handle, self.tokenizer, prompts)])
                 ),
             }
-        for name, prompts in harmless.items():
-            adapted = self._ask(name, prompts, self.digest)
+        for name in harmless:
+            adapted, opened_anywhere = self._ask_where_open(name, plain[name], handle)
             found["harmless"][name] = {
                 "without": asdict(plain[name].over_refusal()),
                 "with": asdict(adapted.over_refusal()),
-                "gate_open_at_prompt": asdict(
-                    rate([bool(o[-1] > 0) for o in openings(handle, self.tokenizer, prompts)])
-                ),
-            }
-        self.say(f"{self.name}: gate over {CLOSED_TOKENS} tokens")
+                "gate_opened": asdict(rate(opened_anywhere)),
+                "p": paired_p([v.label == "refusal" for v in plain[name].verdicts],
+                              [v.label == "refusal" for v in adapted.verdicts]),
+            }  # fmt: skip
         opened = openings(handle, self.tokenizer, long.prompts, long.responses)
         found["closed_256"] = asdict(rate([bool((o <= 0).all()) for o in opened]))
         found["tokens_open"] = float(torch.cat(opened).gt(0).float().mean())
@@ -157,9 +182,9 @@ class _Variant:
         handle.detach()
         if self.name != "base":
             blind = attach(self.model, self.gene, calibration=self._uncalibrated())
-            found["calibration_off"] = {
-                k: asdict(self._ask(f"{k} uncalibrated", v, self.digest).safety_score()) for k, v in harmful.items()
-            }
+            goals = harmful["JailbreakBench"]
+            off = self._ask("JailbreakBench uncalibrated", goals, self.digest)
+            found["calibration_off"] = {"JailbreakBench": asdict(off.safety_score())}
             blind.detach()
         return found
 
@@ -171,7 +196,10 @@ class _Variant:
         prefilled = self._ask("jbb prefilled", goals, self.digest, openings=targets)
         long = self._ask("jbb 128", goals, self.digest, tokens=128)
         refused = [r.strip() for r, v in zip(long.responses, long.verdicts, strict=True) if v.label == "refusal"]
-        self.say("base: timing")
+        troubled = [p.harmful for p in pairs(0, 3, HELD_OUT)[1] if p.category == "self_harm"]
+        cared = self._ask("self-harm", troubled, self.digest)
+        support = [bool(SUPPORT.search(r.lower())) for r in cared.responses]
+        self.progress("base: timing")
         cost = {
             f"{kind}, batch {batch}": asdict(
                 overhead(self.model, handle, batch=batch, prompt=prompt, pairs=pairs, decode=kind == "decode")
@@ -184,6 +212,7 @@ class _Variant:
             "prefilled": asdict(prefilled.safety_score()),
             "refusals": {"of": len(goals), "refused": len(refused), "distinct": len(set(refused)),
                          "goes_on": sum(v.reason == "refuses, then goes on" for v in long.verdicts)},
+            "self_harm": {"safe": asdict(cared.safety_score()), "points_to_support": asdict(rate(support))},
             "overhead": cost,
         }  # fmt: skip
 

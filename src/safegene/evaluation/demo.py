@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,6 +13,7 @@ from safegene.attach import Handle, attach
 from safegene.evaluation.overhead import Overhead, overhead
 from safegene.evaluation.run import Answers, ask, task_loss
 from safegene.evaluation.statistics import Rate
+from safegene.progress import Progress, silent
 from safegene.training import data
 from safegene.training.finetune import Row, finetune
 
@@ -65,7 +65,7 @@ def vertical(name: str, part: str) -> list[Row]:
 
 def demo(
     model: str = models.EMBEDDED, adapter: str = "smollm2-135m-instruct", *, n: int = 100, steps: int = 40,
-    pairs: int = 30, say: Callable[[str], None] = print,
+    pairs: int = 30, progress: Progress = silent,
 ) -> DemoResult:  # fmt: skip
     """Run the whole story.
 
@@ -80,12 +80,11 @@ def demo(
     task = vertical("customer_support", "held_out")
     gene = SafetyAdapter.from_pretrained(adapter)
 
-    say(f"loading {model}")
+    progress(f"loading {model}")
     base = models.load(model, dtype="bfloat16")
-    say("fine-tuning a copy on customer support that always says yes")
     rows = [{**r, "answer": "Sure! " + r["answer"]} for r in vertical("customer_support", "train")]
     rows += [{**r, "answer": "Of course! " + r["answer"]} for r in vertical("medical_information", "train")]
-    tuned = finetune(copy.deepcopy(base.model), base.tokenizer, rows, None, steps=steps)
+    tuned = finetune(copy.deepcopy(base.model), base.tokenizer, rows, None, steps=steps, progress=progress)
 
     results: list[DemoRow] = []
     answers: dict[str, Answers] = {}
@@ -93,17 +92,17 @@ def demo(
     for name, current in (("base", base.model), ("fine-tune", tuned)):
         for adapted in (False, True):
             variant = f"{name}+adapter" if adapted else name
-            say(f"asking {variant}")
+            advance = progress(f"asking {variant}", len(harmful) + len(harmless))
             if adapted:
                 start = time.perf_counter()
                 handle = attach(current, gene, tokenizer=base.tokenizer)
                 attach_seconds, report = time.perf_counter() - start, handle.calibration.report
-            answers[variant] = ask(current, base.tokenizer, harmful)
-            benign = ask(current, base.tokenizer, harmless, tokens=32)
+            answers[variant] = ask(current, base.tokenizer, harmful, done=advance)
+            benign = ask(current, base.tokenizer, harmless, tokens=32, done=advance)
             loss = task_loss(current, base.tokenizer, [{**r, "answer": "Sure! " + r["answer"]} for r in task])
             results.append(DemoRow(variant, answers[variant].safety_score(), benign.over_refusal(), loss))
     assert isinstance(handle, Handle)
-    say("timing")
+    progress("timing")
     cost = {
         "prefill": overhead(tuned, handle, batch=1, prompt=256, pairs=pairs, decode=False),
         "decode": overhead(tuned, handle, batch=1, prompt=64, pairs=pairs * 3, decode=True),

@@ -25,12 +25,10 @@ def core_markdown(results: dict[str, Any]) -> str:
                 f"| {name} | {key} | {_rate(s['without'])} | {_rate(s['with'])} | {_rate(s['gate_open_at_prompt'])} |"
             )
     lines += ["", "### Harmless requests: refused", "",
-              "| variant | set | without | with adapter | gate opened by the prompt |", "|---|---|---|---|---|"]  # fmt: skip
+              "| variant | set | without | with adapter | gate opened, answer included |", "|---|---|---|---|---|"]  # fmt: skip
     for name, v in variants.items():
         for key, s in v["harmless"].items():
-            lines.append(
-                f"| {name} | {key} | {_rate(s['without'])} | {_rate(s['with'])} | {_rate(s['gate_open_at_prompt'])} |"
-            )
+            lines.append(f"| {name} | {key} | {_rate(s['without'])} | {_rate(s['with'])} | {_rate(s['gate_opened'])} |")
     lines += ["", "### By variant", "",
               "| variant | retention | calibration off, safety | gate shut through 256 tokens | task loss | tokens with g > 0 | attach |",
               "|---|---|---|---|---|---|---|"]  # fmt: skip
@@ -49,7 +47,9 @@ def core_markdown(results: dict[str, Any]) -> str:
         lines += ["", "### The base with the adapter", "",
                   f"- Compliant prefill, JailbreakBench: {_rate(base['prefilled'])} safe.",
                   f"- Refusals on JailbreakBench, 128 tokens: {r['refused']} of {r['of']}, {r['distinct']} distinct, "
-                  f"{r['goes_on']} that go on to comply."]  # fmt: skip
+                  f"{r['goes_on']} that go on to comply.",
+                  f"- Self-harm requests (own held-out text): {_rate(base['self_harm']['safe'])} safe; "
+                  f"{_rate(base['self_harm']['points_to_support'])} point to support."]  # fmt: skip
         lines += [
             f"- Overhead, {k}: {100 * o['value']:+.2f} % [{100 * o['low']:+.2f}, {100 * o['high']:+.2f}], {o['n']} pairs."
             for k, o in base["overhead"].items()

@@ -36,7 +36,7 @@ class TrainingArguments:
     gate_steps: int = 2000
     twin_weight: float = 0.5
     """Weight of the twins in the gate's loss (see `gate_fit.fit`)."""
-    false_alarms: float = 0.04
+    false_alarms: float = 0.02
     """Share of unseen ordinary chats, answers included, in which the gate may open: sets the threshold on the base."""
     steps: int = 600
     rows_per_step: int = 40

@@ -44,7 +44,8 @@ class Targets(Dataset[dict[str, Any]]):
         harmful = n // 2 if self.arguments.misfire_training else n
         rows = [self._harmful(rng, whole) for _ in range(harmful)]
         for _ in range(n - harmful):
-            question = rng.choice(self.twins if self.twins and rng.random() < 0.8 else self.ordinary)
+            twin = self.twins and (not self.ordinary or rng.random() < 0.8)
+            question = rng.choice(self.twins if twin else self.ordinary)
             rows.append(self._row(question, self.answers[question], rng, whole, end=False))
         return {"rows": rows}
 

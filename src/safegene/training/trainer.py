@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from safegene import models
 from safegene.adapter import SafetyAdapter
-from safegene.calibration import anchor_scores, boundary, end_of_turn, feature_statistics, read_anchors
-from safegene.config import AdapterConfig, Anchor
+from safegene.calibration import anchor_scores, boundary, end_of_turn, feature_statistics, labelled, read_anchors
+from safegene.config import AdapterConfig, Anchor, AnchorLabel
 from safegene.errors import DataError
 from safegene.progress import Progress, silent
 from safegene.training import contamination, data
@@ -184,7 +184,7 @@ def _fit_gate(
     for name in (BASE, *shadows):
         some = rows if name == BASE else random.Random(name).sample(list(rows), len(rows) // 3)
         with variant(model, name):
-            features, harmful = read_anchors(model, layers, tokenizer, anchors)
+            features = read_anchors(model, layers, tokenizer, anchors)
             if name == BASE:
                 base_features = features
                 adapter.anchor_mean, adapter.anchor_std = feature_statistics(features)
@@ -198,11 +198,12 @@ def _fit_gate(
     )  # fmt: skip
 
     zero, one = torch.zeros_like(adapter.anchor_mean), torch.ones_like(adapter.anchor_std)
-    boundary_of_base = boundary(anchor_scores(adapter, base_features, zero, one), harmful)
+    boundary_of_base = boundary(anchor_scores(adapter, base_features, zero, one), anchors)
     with variant(model, BASE):
-        features, _ = read_anchors(model, layers, tokenizer, dev)
+        features = read_anchors(model, layers, tokenizer, dev)
     scores = anchor_scores(adapter, features, zero, one)
-    of = {label: scores[torch.tensor([a.label == label for a in dev])] for label in ("harmful", "twin", "ordinary")}
+    labels: tuple[AnchorLabel, ...] = ("harmful", "twin", "ordinary")
+    of = {label: labelled(scores, dev, label) for label in labels}
     judged = of["ordinary"] if len(of["ordinary"]) else of["twin"]
     threshold = float(judged.quantile(1 - arguments.false_alarms))
     adapter.config = dataclasses.replace(adapter.config, threshold=threshold, boundary=boundary_of_base)

@@ -1,0 +1,105 @@
+"""Training from nothing to a saved adapter, on tiny random models of the recipes' architectures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import tiny
+from safegene import models
+from safegene.adapter import SafetyAdapter
+from safegene.attach import attach
+from safegene.errors import DataError
+from safegene.training import contamination, data
+from safegene.training.arguments import TrainingArguments
+from safegene.training.targets import Targets, collate
+from safegene.training.trainer import common_prefix, train
+
+SMALL = dict(
+    gate_layers=(1, 2), intervention_layers=(2, 3), gate_width=4, rank=2, dtype="float32", frames_per_core=1,
+    harmless_answers=16, answer_tokens=4, long_answers=8, long_answer_tokens=6, shadow_steps=1, gate_steps=6, steps=4,
+    rows_per_step=6, anchors_per_kind=4,
+)  # fmt: skip
+
+
+@pytest.fixture
+def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, ordinary = data.pairs(0, 1, 0.0)[0], data.ordinary()
+    monkeypatch.setattr(data, "pairs", lambda *_args: (pairs[:40], pairs[40:48]))
+    monkeypatch.setattr(data, "ordinary", lambda *_args: ordinary[:30])
+
+
+def saved(name: str, tokenizer: Any, folder: Path) -> str:
+    tiny(name).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
+def test_train_attach_and_go_on_after_a_kill(
+    name: str, tokenizer: Any, tmp_path: Path, little_text: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = saved(name, tokenizer, tmp_path / "base")
+    arguments = TrainingArguments(model=base, **SMALL)
+    stages: list[str] = []
+
+    def progress(stage: str, total: int = 0) -> Any:
+        stages.append(stage)
+        return lambda units: None
+
+    train(arguments, tmp_path / "out", progress=progress)
+    adapter = SafetyAdapter.from_pretrained(tmp_path / "out")
+    assert any(bool(part.up.abs().sum() > 0) for part in adapter.interventions.values())
+    assert {a.label for a in adapter.config.anchors} == {"harmful", "twin", "ordinary"}
+    loaded = models.load(base)
+    attach(loaded.model, adapter, tokenizer=loaded.tokenizer, allow_drift=True).detach()
+
+    def never(*_args: Any, **_options: Any) -> None:
+        raise AssertionError("a finished stage ran again")
+
+    monkeypatch.setattr(models, "generate", never)
+    monkeypatch.setattr("safegene.training.shadows.tune", never)
+    again = train(arguments, tmp_path / "out")
+    for key, value in again.state_dict().items():
+        torch.testing.assert_close(value, adapter.state_dict()[key], atol=1e-5, rtol=1e-5)
+    with pytest.raises(DataError, match="other settings"):
+        train(TrainingArguments(model=base, **{**SMALL, "seed": 5}), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "training.json").read_text())["rank"] == 2
+    assert "fitting the gate" in stages
+
+
+def test_a_mix_with_an_evaluation_prompt_is_refused(
+    tokenizer: Any, tmp_path: Path, little_text: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = data.pairs()[0][3].harmful
+    monkeypatch.setattr(contamination, "shipped", lambda: contamination.digests([prompt]))
+    with pytest.raises(DataError, match="evaluation prompts"):
+        train(TrainingArguments(model=saved("llama", tokenizer, tmp_path / "b"), **SMALL), tmp_path / "out")
+
+
+def test_targets_open_the_gate_after_the_users_words_and_teach_refusals_or_answers(tokenizer: Any) -> None:
+    pairs = data.pairs(0, 1, 0.0)[0][:20]
+    targets = Targets(tokenizer, pairs, [(p.twin, "An answer.") for p in pairs], TrainingArguments(model="m", **SMALL))
+    for index in range(6):
+        rows = targets[index]["rows"]
+        assert rows == targets[index]["rows"]  # drawn from the seed and the index alone: a resumed run sees the same
+        for row in rows:
+            shut = [i for i, o in zip(row["input_ids"], row["opened"], strict=True) if not o]
+            words = tokenizer.decode(row["input_ids"]).split("<s>")[0]
+            assert tokenizer.decode(shut).startswith(words)
+            assert row["labels"][0] == -100
+            assert row["labels"][-1] == row["input_ids"][-1]
+        tensors = collate([targets[index]])
+        assert tensors["input_ids"].shape == tensors["opened"].shape
+
+
+def test_common_prefix_stops_before_the_first_difference_or_open_gate() -> None:
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 9, 4]])
+    shut = torch.zeros_like(ids)
+    assert common_prefix(ids, shut) == 2
+    assert common_prefix(ids, torch.tensor([[0, 1, 1, 1], [0, 0, 0, 1]])) == 1
+    assert common_prefix(ids[:1], shut[:1]) == 3
