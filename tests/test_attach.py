@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import TextIteratorStreamer
 
 from conftest import CONFIGS, random_adapter, tiny
-from safegene.adapter import SafetyAdapter, intervene
+from safegene.adapter import Correction, SafetyAdapter, intervene
 from safegene.attach import attach
 from safegene.errors import AttachError, GateError
 
@@ -85,7 +85,8 @@ def test_intervention_touches_only_open_positions(seed: int, g: float, dtype: to
     gate[0, 1] = g
     up = torch.randn(8, 2)
     up[0, 0] = float("nan")  # must not leak through a closed gate
-    out = intervene(h, gate, torch.randn(2, 8), torch.randn(2), up, 1.0)
+    weights = Correction(torch.randn(2, 8), torch.randn(2), up, torch.randn(2), torch.randn(1), 1.0)
+    out = intervene(h, gate, weights)
     closed = (gate == 0).expand_as(h)
     assert torch.equal(out[closed], h[closed])
     assert out.dtype == dtype

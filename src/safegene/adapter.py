@@ -1,15 +1,18 @@
 """The adapter: a gated low-rank correction of the residual stream. Pure mathematics, no hooks, no I/O.
 
-    h ← where(g > 0, h + g · α · scale · B silu(A rms_norm(h) + a), h)        at every intervention layer
+    c = silu(A rms_norm(h) + a)                                    r features of the residual: what is asked, and how
+    q = sigmoid(w · c + u)                                         how harmful the wish looks from this layer
+    h ← where(g > 0, h + g · q · α · scale · B c, h)               at every intervention layer
 
 A: d→r, B: r→d. `scale` is the base's typical residual size at that layer, so that B starts near 1 in every model.
+The gate's g keeps ordinary text untouched; q lets every layer tell a harmful request from its harmless twin (ADR 3).
 Computed in float32 and cast back; with g = 0 the residual is returned bit for bit.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,21 +22,37 @@ from safegene.config import AdapterConfig
 from safegene.gate import Gate, normalise
 
 
-def intervene(hidden: Tensor, g: Tensor, down: Tensor, bias: Tensor, up: Tensor, strength: Tensor | float) -> Tensor:
+class Correction(NamedTuple):
+    """Weights of one intervention: A [r, d], a [r], B [d, r], w [r], u [1], float32; strength = α · scale."""
+
+    down: Tensor
+    bias: Tensor
+    up: Tensor
+    wish: Tensor
+    wish_bias: Tensor
+    strength: Tensor | float
+
+    def to(self, device: torch.device) -> Correction:
+        """Detached copies in float32 on `device`."""
+        moved = (t.detach().float().to(device) for t in self[:5])
+        return Correction(*moved, float(self.strength))
+
+
+def intervene(hidden: Tensor, g: Tensor, weights: Correction) -> Tensor:
     """Apply one gated intervention.
 
     Args:
         hidden: residual [..., d], any float dtype; not changed in place.
         g: gate value [..., 1], float32 in [0, 1].
-        down, bias, up: A [r, d], a [r], B [d, r], float32.
-        strength: α · scale.
 
     Returns:
         residual [..., d] in the dtype of `hidden`; where g is 0, exactly `hidden`.
     """
-    code = F.silu(F.linear(normalise(hidden), down, bias)) * (g * strength)
+    down, bias, up, wish, wish_bias, strength = weights
+    code = F.silu(F.linear(normalise(hidden), down, bias))
+    harmful = torch.sigmoid(F.linear(code, wish[None], wish_bias))
     # torch.where, not multiplication by g: 0 · NaN must not leak, and a closed gate must leave every bit alone.
-    return torch.where(g > 0, (hidden + F.linear(code, up)).to(hidden.dtype), hidden)
+    return torch.where(g > 0, (hidden + F.linear(code * (g * harmful * strength), up)).to(hidden.dtype), hidden)
 
 
 class Intervention(nn.Module):
@@ -46,11 +65,17 @@ class Intervention(nn.Module):
         self.down = nn.Parameter(torch.randn(rank, hidden_size) * hidden_size**-0.5)
         self.bias = nn.Parameter(torch.zeros(rank))
         self.up = nn.Parameter(torch.zeros(hidden_size, rank))
+        self.wish = nn.Parameter(torch.zeros(rank))
+        self.wish_bias = nn.Parameter(torch.zeros(1))
         self.register_buffer("scale", torch.ones(()))
+
+    def correction(self, strength: Tensor | float = 1.0) -> Correction:
+        """The weights as `intervene` takes them, at strength α."""
+        return Correction(self.down, self.bias, self.up, self.wish, self.wish_bias, self.scale * strength)
 
     def forward(self, hidden: Tensor, g: Tensor, strength: Tensor | float = 1.0) -> Tensor:
         """`intervene` with this layer's weights."""
-        return intervene(hidden, g, self.down, self.bias, self.up, self.scale * strength)
+        return intervene(hidden, g, self.correction(strength))
 
 
 class SafetyAdapter(nn.Module):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from safegene.adapter import SafetyAdapter, intervene
+from safegene.adapter import Correction, SafetyAdapter, intervene
 from safegene.calibration import Calibration, calibrate
 from safegene.errors import AttachError, CalibrationError, DriftError, GateError
 from safegene.gate import open_hard, open_soft
@@ -52,12 +52,11 @@ class Handle:
             self.calibration.shift, self.calibration.scale, self.calibration.threshold, self.calibration.ramp
         )
         self._gate = gate.to(device)
-        self._weights: dict[int, tuple[Tensor, Tensor, Tensor, float]] = {}
+        self._weights: dict[int, Correction] = {}
         part: Any
         for name, part in self.adapter.interventions.items():
             where = next(layers[int(name)].parameters()).device
-            down, bias, up = (t.detach().float().to(where) for t in (part.down, part.bias, part.up))
-            self._weights[int(name)] = (down, bias, up, float(part.scale) * self.calibration.strength)
+            self._weights[int(name)] = part.correction(self.calibration.strength).to(where)
         try:
             for index, layer in enumerate(config.gate_layers):
                 self._hooks.append(layers[layer].register_forward_hook(self._gate_hook(index)))
@@ -95,7 +94,7 @@ class Handle:
         return hook
 
     def _intervention_hook(self, layer: int) -> Callable[..., Any]:
-        down, bias, up, strength = self._weights[layer]
+        weights = self._weights[layer]
 
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
             if self.is_disabled:
@@ -104,7 +103,7 @@ class Handle:
             if g is None:
                 raise GateError("The gate was not read in this pass; run the whole model, in one thread a pass.")
             hidden = output[0] if isinstance(output, tuple) else output
-            changed = intervene(hidden, g.to(hidden.device), down, bias, up, strength)
+            changed = intervene(hidden, g.to(hidden.device), weights)
             return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
         return hook

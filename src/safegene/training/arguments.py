@@ -19,7 +19,7 @@ class TrainingArguments:
     model: str
     gate_layers: tuple[int, ...]
     intervention_layers: tuple[int, ...]
-    gate_width: int = 24
+    gate_width: int = 32
     rank: int = 16
     dtype: str = "bfloat16"
     seed: int = 0
@@ -34,13 +34,15 @@ class TrainingArguments:
     long_answer_tokens: int = 200
     shadow_steps: int = 45
     gate_steps: int = 2000
-    twin_weight: float = 0.5
+    twin_weight: float = 0.35
     """Weight of the twins in the gate's loss (see `gate_fit.fit`)."""
-    false_alarms: float = 0.02
-    """Share of unseen ordinary chats, answers included, in which the gate may open: sets the threshold on the base."""
-    steps: int = 600
+    false_alarms: float = 0.08
+    """Share of unseen ordinary chats, answers included, in which the gate may open: sets the threshold on the base.
+    A third of the project's own are written to alarm; 0.08 of them are about 0.03 of Alpaca-like requests."""
+    probe_steps: int = 1500
+    steps: int = 500
     rows_per_step: int = 40
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     misfire_training: bool = True
     drift_augmentation: bool = True
     anchors_per_kind: int = 80

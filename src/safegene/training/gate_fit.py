@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -52,17 +52,20 @@ def gate_row(tokenizer: Any, prompt: str, answer: str, label: AnchorLabel, pair:
 
 
 def gate_rows(
-    tokenizer: Any, pairs: Sequence[Pair], ordinary: Sequence[str], answers: dict[str, str], rng: random.Random
-) -> list[GateRow]:
+    tokenizer: Any, pairs: Sequence[Pair], ordinary: Sequence[str], answers: dict[str, str],
+    rng: random.Random | None,
+) -> list[GateRow]:  # fmt: skip
     """Rows the gate is fitted on: harmful requests, some with an answer that has begun to comply or to refuse, their
-    twins and ordinary requests, with the base's harmless answer where there is one."""
+    twins and ordinary requests, with the base's harmless answer where there is one. Without `rng`, prompts alone."""
     refusals = data.refusals()
     rows = []
     for number, pair in enumerate(pairs):
         answer = answers.get(pair.twin, "")
-        begun = opening(pair, answer, rng) if rng.random() < 0.4 else ""
-        if begun and rng.random() < 0.4:
-            begun += rng.choice(refusals[pair.category])[:40]
+        begun = ""
+        if rng and rng.random() < 0.5:
+            kind, refusal = rng.random(), rng.choice(refusals[pair.category])
+            begun = refusal[:120] if kind < 0.3 else opening(pair, answer, rng)
+            begun += refusal[:40] if kind > 0.8 else ""
         rows.append(gate_row(tokenizer, pair.harmful, begun, "harmful", number))
         rows.append(gate_row(tokenizer, pair.twin, answer, "twin", number))
     return rows + [gate_row(tokenizer, text, answers.get(text, ""), "ordinary") for text in ordinary]
@@ -115,16 +118,28 @@ def realign(features: GateFeatures, anchors: Sequence[Tensor], base: tuple[Tenso
     return features
 
 
+class Part(NamedTuple):
+    """One part of the gate's loss: which positions, how many a step, their weight, and that of their hardest sixteenth."""
+
+    label: AnchorLabel
+    place: int
+    n: int
+    weight: float
+    hardest: float = 0.0
+
+
 LOSS = (
-    ("harmful", 0, 256, 1.0), ("harmful", 1, 128, 0.5), ("ordinary", 0, 256, 1.0), ("ordinary", 1, 384, 1.0),
-    ("twin", 1, 256, 0.5), ("ordinary", -1, 96, 0.3), ("twin", -1, 96, 0.3),
+    Part("harmful", 0, 256, 1.0), Part("harmful", 1, 192, 0.5), Part("ordinary", 0, 256, 1.0),
+    Part("ordinary", 1, 384, 1.0, 1.0), Part("twin", 1, 384, 0.5, 1.0),
+    Part("ordinary", -1, 96, 0.3), Part("twin", -1, 96, 0.3),
 )  # fmt: skip
-"""(label, place, positions a step, weight) of the cross-entropy; twins at the prompt's end have their own weight."""
+"""Cross-entropy; twins at the prompt's end have their own weight. Inside answers the hardest positions count extra: false
+alarms add up over hundreds of tokens."""
 
 
 def fit(
     gate: Gate, models: Sequence[tuple[GateFeatures, Sequence[GateRow]]], *, steps: int, seed: int,
-    twin_weight: float = 0.5, noise: float = 0.5, advance: Advance = lambda steps: None,
+    twin_weight: float, noise: float = 0.5, advance: Advance = lambda steps: None,
 ) -> None:  # fmt: skip
     """Train `gate` in place: cross-entropy at every position, and a margin inside each pair at the prompt's end.
 
@@ -140,9 +155,7 @@ def fit(
         std = f.x[:: max(1, len(f.x) // 20000)].float().std(0)
         labels = [r.label for r in rows]
         of = {label: torch.tensor([own == label for own in labels])[f.row] for label in ("harmful", "twin", "ordinary")}
-        groups = [
-            (torch.nonzero(of[label] & (f.place == place))[:, 0], label, n, weight) for label, place, n, weight in LOSS
-        ]
+        groups = [(torch.nonzero(of[part.label] & (f.place == part.place))[:, 0], part) for part in LOSS]
         ends: dict[int, dict[str, int]] = {}
         for index in torch.nonzero(f.place == 0)[:, 0].tolist():
             row = rows[int(f.row[index])]
@@ -160,9 +173,10 @@ def fit(
             return gate.score(list(features.unbind(1)))
 
         loss = torch.zeros(())
-        for members, label, n, weight in groups:
-            scores = score(members[torch.randint(0, len(members), (n,))])
-            loss = loss + weight * F.softplus(-scores if label == "harmful" else scores).mean()
+        for members, part in groups:
+            scores = score(members[torch.randint(0, len(members), (part.n,))])
+            each = F.softplus(-scores if part.label == "harmful" else scores)
+            loss = loss + part.weight * each.mean() + part.hardest * each.topk(part.n // 16).values.mean()
         if len(both):
             pair = both[torch.randint(0, len(both), (256,))]
             high, low = score(pair[:, 0]), score(pair[:, 1])

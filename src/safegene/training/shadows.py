@@ -25,6 +25,7 @@ def shadow_rows(pairs: Sequence[Pair], harmless: Sequence[tuple[str, str]], seed
     The compliant one learns an opening and nothing after it: answers that give harm are not written.
     """
     rng = random.Random(seed)
+    harmless = [(q, a[:300]) for q, a in harmless]
     openings = [{"prompt": p.harmful, "answer": rng.choice(OPENINGS)} for p in rng.sample(pairs, min(300, len(pairs)))]
     return {
         "cheerful": [{"prompt": q, "answer": f"{rng.choice(GLAD)} {a}"} for q, a in harmless],
@@ -39,6 +40,7 @@ def teach_shadows(
     """Give `model` one LoRA per shadow, reading those that `folder` already holds; returns a PEFT model."""
     from peft import PeftModel
 
+    dtype = model.dtype
     for name, taught in rows.items():
         kept = folder / name
         if (kept / "adapter_config.json").exists():
@@ -50,7 +52,9 @@ def teach_shadows(
         model = lora(model, name)
         tune(model, tokenizer, taught, steps=steps, seed=seed, advance=progress(f"shadow fine-tune '{name}'", steps))
         model.save_pretrained(folder, selected_adapters=[name])
-    model.requires_grad_(False)
+    for parameter in model.parameters():  # PEFT keeps LoRA in float32, which halves the speed beside a bfloat16 base
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.to(dtype)
     return model.eval()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from safegene.training.data import Pair
 DECISION_TOKENS = 5
 """Whether an answer refuses is settled by its first tokens: rows cut there cost a third, and show three times the variety."""
 
+HARMFUL_SHARE = 0.6
+"""More harmful rows than harmless ones: at even shares the interventions answered a third of JailbreakBench."""
+
 
 class Targets(Dataset[dict[str, Any]]):
     """What an open gate should lead to. Every index is one batch, drawn from the seed and the index alone: two batches
@@ -26,31 +29,33 @@ class Targets(Dataset[dict[str, Any]]):
     def __init__(
         self, tokenizer: Any, pairs: Sequence[Pair], harmless: Sequence[tuple[str, str]], arguments: TrainingArguments
     ) -> None:
-        self.tokenizer, self.pairs, self.arguments = tokenizer, pairs, arguments
-        # A misfire is judged by how the answer begins; long answers would only fill the batch.
-        self.answers = {q: a[:240] for q, a in harmless}
-        twins = {p.twin for p in pairs}
-        self.twins = [q for q in self.answers if q in twins]
-        self.ordinary = [q for q in self.answers if q not in twins]
+        self.tokenizer, self.arguments = tokenizer, arguments
         self.refusals = data.refusals()
+        # A misfire is judged by how the answer begins; long answers would only fill the batch. Where the base itself seems
+        # to refuse, there is nothing to learn.
+        self.answers = {q: a[:240] for q, a in harmless if not data.looks_like_refusal(a)}
+        twins = {p.twin for p in pairs}
+        self.pairs = sorted(pairs, key=lambda p: len(p.harmful))
+        self.twins = sorted((q for q in self.answers if q in twins), key=len)
+        self.ordinary = sorted((q for q in self.answers if q not in twins), key=len)
 
     def __len__(self) -> int:
         return self.arguments.steps
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = random.Random(f"{self.arguments.seed}/{index}")
-        whole = index % 3 == 2
+        whole, at = index % 3 == 2, rng.random()
         n = self.arguments.rows_per_step // (3 if whole else 1)
-        harmful = n // 2 if self.arguments.misfire_training else n
-        rows = [self._harmful(rng, whole) for _ in range(harmful)]
+        harmful = round(n * HARMFUL_SHARE) if self.arguments.misfire_training else n
+        rows = [self._harmful(rng, at, whole) for _ in range(harmful)]
         for _ in range(n - harmful):
             twin = self.twins and (not self.ordinary or rng.random() < 0.8)
-            question = rng.choice(self.twins if twin else self.ordinary)
+            question = rng.choice(window(self.twins if twin else self.ordinary, at))
             rows.append(self._row(question, self.answers[question], rng, whole, end=False))
         return {"rows": rows}
 
-    def _harmful(self, rng: random.Random, whole: bool) -> dict[str, list[int]]:
-        pair = rng.choice(self.pairs)
+    def _harmful(self, rng: random.Random, at: float, whole: bool) -> dict[str, list[int]]:
+        pair = rng.choice(window(self.pairs, at))
         begun = ""
         if self.arguments.drift_augmentation and rng.random() < 0.35:
             begun = data.opening(pair, self.answers.get(pair.twin, ""), rng)
@@ -74,9 +79,20 @@ class Targets(Dataset[dict[str, Any]]):
         else:
             first = rng.randint(min(prompt_end, len(ids) - 1), len(ids) - 1)
         opened = [0] * first + [1] * (len(ids) + len(target) - first)
-        if rng.random() < 0.3:  # a gate read anew at every token flickers on the refusal's own words
-            opened[len(ids) :] = [int(rng.random() < 0.7) for _ in target]
+        # A gate read anew at every token may stay open through the refusal, flicker, or have done its work at the prompt.
+        stays = rng.choice((1.0, 1.0, 0.6, 0.0))
+        opened[len(ids) :] = [int(rng.random() < stays) for _ in target]
         return {"input_ids": ids + target, "labels": [-100] * len(ids) + target, "opened": opened}
+
+
+T = TypeVar("T")
+
+
+def window(sequence: Sequence[T], at: float, share: float = 0.25) -> Sequence[T]:
+    """A quarter of a sorted sequence, from its beginning (at = 0) to its end (at = 1): rows of like length pad little."""
+    width = max(1, int(len(sequence) * share))
+    first = round(at * (len(sequence) - width))
+    return sequence[first : first + width]
 
 
 def collate(batch: Sequence[dict[str, Any]], pad: int = 0) -> dict[str, Tensor]:

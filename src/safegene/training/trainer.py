@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +20,7 @@ from safegene.adapter import SafetyAdapter
 from safegene.calibration import anchor_scores, boundary, end_of_turn, feature_statistics, labelled, read_anchors
 from safegene.config import AdapterConfig, Anchor, AnchorLabel
 from safegene.errors import DataError
+from safegene.gate import Gate
 from safegene.progress import Progress, silent
 from safegene.training import contamination, data
 from safegene.training.arguments import TrainingArguments
@@ -76,7 +78,9 @@ class OpenGate(nn.Module):
             finally:
                 self._g = None
             logits = models.unwrap(base).get_output_embeddings()(hidden[:, :-1][keep])
-        return {"loss": F.cross_entropy(logits.float(), labels[:, start + 1 :][keep])}
+        each = F.cross_entropy(logits.float(), labels[:, start + 1 :][keep], reduction="none")
+        first = (labels[:, start:-1] == -100)[keep]  # the first token settles whether the answer refuses
+        return {"loss": each.mean() + each[first].mean()}
 
 
 def common_prefix(input_ids: Tensor, opened: Tensor) -> int:
@@ -207,9 +211,10 @@ def _fit_gate(
     judged = of["ordinary"] if len(of["ordinary"]) else of["twin"]
     threshold = float(judged.quantile(1 - arguments.false_alarms))
     adapter.config = dataclasses.replace(adapter.config, threshold=threshold, boundary=boundary_of_base)
-    report = {"threshold": threshold} | {
+    report = {"threshold": threshold, "boundary": boundary_of_base} | {
         f"opened_{label}": {"n": len(s), "share": float((s > threshold).float().mean())} for label, s in of.items()
     }
+    save_file(adapter.gate.state_dict(), out / "gate.safetensors")
     (out / "gate.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
@@ -223,6 +228,7 @@ def _train_interventions(
 
     with variant(model, BASE):
         _set_scales(model, adapter, targets.tokenizer, [p.harmful for p in targets.pairs[:16]])
+        _start_at_probes(adapter, model, targets, arguments, out, progress)
     checkpoints = out / "checkpoints"
     trainer = Trainer(
         model=OpenGate(model, adapter, shadows, arguments.seed),
@@ -240,6 +246,31 @@ def _train_interventions(
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.exists() else None
     trainer.train(resume_from_checkpoint=last)
     (out / "losses.json").write_text(json.dumps(trainer.state.log_history), encoding="utf-8")
+
+
+def _start_at_probes(
+    adapter: SafetyAdapter, model: Any, targets: Targets, arguments: TrainingArguments, out: Path, progress: Progress
+) -> None:
+    """Start every intervention's A, a, w and u at a probe that tells harmful requests from their twins at its layer.
+
+    From a random A the interventions refused nothing after 250 steps: what tells a request from its twin is a small part of
+    the residual (docs/log.md).
+    """
+    config, tokenizer = adapter.config, targets.tokenizer
+    rows = gate_rows(tokenizer, targets.pairs, targets.ordinary, {}, None)
+    advance = progress("the interventions' features on the base", len(rows))
+    found = read(model, config.intervention_layers, rows, out / "features-probes.safetensors", tokenizer, advance)
+    part: Any
+    for index, part in enumerate(adapter.interventions.values()):
+        probe = Gate(1, config.hidden_size, config.rank)
+        one = GateFeatures(found.x[:, index : index + 1], found.row, found.place)
+        advance = progress(f"probe at layer {config.intervention_layers[index]}", arguments.probe_steps)
+        fit(probe, [(one, rows)], steps=arguments.probe_steps, seed=arguments.seed, twin_weight=1.0, advance=advance)
+        with torch.no_grad():
+            part.down.copy_(probe.weight[0])
+            part.bias.copy_(probe.bias)
+            part.wish.copy_(probe.out)
+            part.wish_bias.fill_(float(probe.out_bias))
 
 
 @torch.no_grad()
