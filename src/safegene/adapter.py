@@ -34,8 +34,8 @@ class Correction(NamedTuple):
 
     def to(self, device: torch.device) -> Correction:
         """Detached copies in float32 on `device`."""
-        moved = (t.detach().float().to(device) for t in self[:5])
-        return Correction(*moved, float(self.strength))
+        down, bias, up, wish, wish_bias = (t.detach().float().to(device) for t in self[:5])
+        return Correction(down, bias, up, wish, wish_bias, float(self.strength))
 
 
 def intervene(hidden: Tensor, g: Tensor, weights: Correction) -> Tensor:

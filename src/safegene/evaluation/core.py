@@ -23,6 +23,7 @@ from safegene.evaluation import public
 from safegene.evaluation.demo import HELD_OUT, vertical
 from safegene.evaluation.judges import SUPPORT
 from safegene.evaluation.overhead import overhead
+from safegene.evaluation.plots import core_svg
 from safegene.evaluation.run import Answers, ask, task_loss
 from safegene.evaluation.statistics import paired_p, rate, retention
 from safegene.progress import Progress, silent
@@ -75,18 +76,23 @@ def core(
         study = _Variant(name, current, tokenizer, gene, out / name, digest, progress)
         results["variants"][name] = study.measure(harmful, harmless, task, data, n)
         del current, study
-    base = results["variants"].get("base")
-    if base:
-        for figures in results["variants"].values():
-            kept = [
-                (a, b)
-                for k in TRANSFER_SETS
-                for a, b in zip(base["harmful"][k]["with_safe"], figures["harmful"][k]["with_safe"], strict=False)
-            ]
-            figures["retention"] = asdict(retention([a for a, _ in kept], [b for _, b in kept]))
-    path = out / f"core-{digest}.json"
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        if base := results["variants"].get("base"):
+            _retain(base, results["variants"][name])
+        path = out / f"core-{digest}.json"
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        path.with_suffix(".svg").write_text(core_svg(results, TRANSFER_SETS), encoding="utf-8")
     return results
+
+
+def _retain(base: dict[str, Any], figures: dict[str, Any]) -> None:
+    """Add the retention of a variant: its safety score over the base's, both with the adapter, on the same prompts."""
+    kept = [
+        (a, b)
+        for k in TRANSFER_SETS
+        for a, b in zip(base["harmful"][k]["with_safe"], figures["harmful"][k]["with_safe"], strict=False)
+    ]
+    if any(a for a, _ in kept):
+        figures["retention"] = asdict(retention([a for a, _ in kept], [b for _, b in kept]))
 
 
 def _fine_tune(model: str, rows: Sequence[Row], folder: Path, name: str, progress: Progress) -> Any:

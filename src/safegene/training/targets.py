@@ -21,6 +21,10 @@ DECISION_TOKENS = 5
 HARMFUL_SHARE = 0.6
 """More harmful rows than harmless ones: at even shares the interventions answered a third of JailbreakBench."""
 
+QUESTION_SHARE = 0.6
+"""Look-alikes that people really type are mostly short questions ("How do I kill a process?"); long instructions about harm
+are mostly meant. The twins are as many of each, so questions are drawn more often."""
+
 
 class Targets(Dataset[dict[str, Any]]):
     """What an open gate should lead to. Every index is one batch, drawn from the seed and the index alone: two batches
@@ -37,6 +41,7 @@ class Targets(Dataset[dict[str, Any]]):
         twins = {p.twin for p in pairs}
         self.pairs = sorted(pairs, key=lambda p: len(p.harmful))
         self.twins = sorted((q for q in self.answers if q in twins), key=len)
+        self.questions = [q for q in self.twins if q.rstrip().endswith("?") or len(q.split()) < 10]
         self.ordinary = sorted((q for q in self.answers if q not in twins), key=len)
 
     def __len__(self) -> int:
@@ -49,8 +54,9 @@ class Targets(Dataset[dict[str, Any]]):
         harmful = round(n * HARMFUL_SHARE) if self.arguments.misfire_training else n
         rows = [self._harmful(rng, at, whole) for _ in range(harmful)]
         for _ in range(n - harmful):
-            twin = self.twins and (not self.ordinary or rng.random() < 0.8)
-            question = rng.choice(window(self.twins if twin else self.ordinary, at))
+            twins = self.questions if self.questions and rng.random() < QUESTION_SHARE else self.twins
+            twin = twins and (not self.ordinary or rng.random() < 0.85)
+            question = rng.choice(window(twins if twin else self.ordinary, at))
             rows.append(self._row(question, self.answers[question], rng, whole, end=False))
         return {"rows": rows}
 

@@ -24,6 +24,7 @@ from safegene.gate import Gate
 from safegene.progress import Progress, silent
 from safegene.training import contamination, data
 from safegene.training.arguments import TrainingArguments
+from safegene.training.card import model_card
 from safegene.training.data import Pair
 from safegene.training.finetune import Report
 from safegene.training.gate_fit import GateFeatures, GateRow, fit, gate_rows, make_anchors, read, realign
@@ -145,7 +146,9 @@ def train(
     _train_interventions(
         adapter, model, Targets(tokenizer, pairs, harmless, arguments), tuple(taught), arguments, out, progress
     )
-    adapter.save_pretrained(out)
+    counts = {"pairs": len(pairs), "ordinary": len(ordinary), "refusals": sum(map(len, data.refusals().values()))}
+    report = json.loads((out / "gate.json").read_text(encoding="utf-8"))
+    adapter.save_pretrained(out, card=model_card(adapter, report, counts, len(taught)))
     return adapter
 
 

@@ -1,0 +1,45 @@
+"""The model card that `safegene train` writes beside an adapter."""
+
+from __future__ import annotations
+
+from safegene.adapter import SafetyAdapter
+
+_CARD = """---
+base_model: {base}
+library_name: safegene
+license: apache-2.0
+---
+# Safety adapter for {base}
+
+Attach it to {base} or to a fine-tune of it; no training there:
+
+```python
+handle = safegene.attach(model, safegene.SafetyAdapter.from_pretrained("..."), tokenizer=tokenizer)
+```
+
+- {parameters:,} parameters: a gate that reads layers {gate} and rank-{rank} interventions at layers {interventions}.
+- Trained on the project's own text alone ({pairs:,} framed pairs of a harmful request and its harmless twin, {ordinary:,} ordinary
+  requests, {refusals} refusals) and on the base's own answers to harmless requests. No public set, no evaluation prompt.
+- {shadows}
+- On held-out text of the project (development data) its gate opens on {harmful} of harmful requests, {twin} of their twins
+  and {ordinary_opened} of ordinary chats, answers included; a third of those are written to alarm.
+- What it does not do: it does not stop someone who takes it off; it was not attacked yet; it judges text, not who asks.
+"""
+
+
+def model_card(
+    adapter: SafetyAdapter, report: dict[str, dict[str, float]], counts: dict[str, int], shadows: int
+) -> str:
+    """Card of a trained adapter; `report` is `gate.json`."""
+    config = adapter.config
+
+    def share(label: str) -> str:
+        found = report[f"opened_{label}"]
+        return f"{100 * found['share']:.1f} % (n = {found['n']})"
+
+    return _CARD.format(
+        base=config.base_model, parameters=adapter.parameter_count(), gate=", ".join(map(str, config.gate_layers)),
+        rank=config.rank, interventions=", ".join(map(str, config.intervention_layers)), **counts,
+        shadows=f"Drift in training: {shadows} shadow fine-tunes." if shadows else "No drift augmentation.",
+        harmful=share("harmful"), twin=share("twin"), ordinary_opened=share("ordinary"),
+    )  # fmt: skip
