@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from safegene.adapter import SafetyAdapter
+from safegene.models import EMBEDDED
 
 _CARD = """---
-base_model: {base}
+base_model: {hub_id}
 library_name: safegene
 license: apache-2.0
 ---
@@ -32,13 +33,15 @@ def model_card(
 ) -> str:
     """Card of a trained adapter; `report` is `gate.json`."""
     config = adapter.config
+    embedded = config.base_model == EMBEDDED
+    hub_id = f"HuggingFaceTB/{EMBEDDED}" if embedded else config.base_model
 
     def share(label: str) -> str:
         found = report[f"opened_{label}"]
         return f"{100 * found['share']:.1f} % (n = {found['n']})"
 
     return _CARD.format(
-        base=config.base_model, parameters=adapter.parameter_count(), gate=", ".join(map(str, config.gate_layers)),
+        base=config.base_model, hub_id=hub_id, parameters=adapter.parameter_count(), gate=", ".join(map(str, config.gate_layers)),
         rank=config.rank, interventions=", ".join(map(str, config.intervention_layers)), **counts,
         shadows=f"Drift in training: {shadows} shadow fine-tunes." if shadows else "No drift augmentation.",
         harmful=share("harmful"), twin=share("twin"), ordinary_opened=share("ordinary"),

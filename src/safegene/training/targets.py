@@ -27,8 +27,9 @@ are mostly meant. The twins are as many of each, so questions are drawn more oft
 
 
 class Targets(Dataset[dict[str, Any]]):
-    """What an open gate should lead to. Every index is one batch, drawn from the seed and the index alone: two batches
-    of many short rows that decide between refusing and answering, then one of fewer whole answers."""
+    """What an open gate should lead to. Every index is one batch, drawn from the seed and the index alone. For two thirds of
+    the steps two batches of many short rows, which decide between refusing and answering, and one of fewer whole answers take
+    turns; then only whole answers, without which a refusal begins well and ends in babble (docs/log.md)."""
 
     def __init__(
         self, tokenizer: Any, pairs: Sequence[Pair], harmless: Sequence[tuple[str, str]], arguments: TrainingArguments
@@ -49,8 +50,8 @@ class Targets(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = random.Random(f"{self.arguments.seed}/{index}")
-        whole, at = index % 3 == 2, rng.random()
-        n = self.arguments.rows_per_step // (3 if whole else 1)
+        whole, at = index % 3 == 2 or index >= 2 * self.arguments.steps // 3, rng.random()
+        n = self.arguments.rows_per_step // (2 if whole else 1)
         harmful = round(n * HARMFUL_SHARE) if self.arguments.misfire_training else n
         rows = [self._harmful(rng, at, whole) for _ in range(harmful)]
         for _ in range(n - harmful):
@@ -85,9 +86,10 @@ class Targets(Dataset[dict[str, Any]]):
         else:
             first = rng.randint(min(prompt_end, len(ids) - 1), len(ids) - 1)
         opened = [0] * first + [1] * (len(ids) + len(target) - first)
-        # A gate read anew at every token may stay open through the refusal, flicker, or have done its work at the prompt.
+        # A gate read anew at every token may stay open through the answer, flicker, or have done its work at the prompt.
         stays = rng.choice((1.0, 1.0, 0.6, 0.0))
-        opened[len(ids) :] = [int(rng.random() < stays) for _ in target]
+        for place in range(max(prompt_end, first) + 1, len(opened)):
+            opened[place] = int(rng.random() < stays)
         return {"input_ids": ids + target, "labels": [-100] * len(ids) + target, "opened": opened}
 
 
