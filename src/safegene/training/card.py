@@ -23,7 +23,7 @@ handle = safegene.attach(model, safegene.SafetyAdapter.from_pretrained("..."), t
   requests, {refusals} refusals) and on the base's own answers to harmless requests. No public set, no evaluation prompt.
 - {shadows}
 - On held-out text of the project (development data) its gate opens on {harmful} of harmful requests, {twin} of their twins
-  and {ordinary_opened} of ordinary chats, answers included; a third of those are written to alarm.
+  and {ordinary_opened} of ordinary chats, answers included.
 - What it does not do: it does not stop someone who takes it off; it was not attacked yet; it judges text, not who asks.
 """
 
