@@ -1,7 +1,7 @@
 # Everything a fresh machine needs is set up on first use, in .venv.
 PY := .venv/bin/python
 
-.PHONY: demo test check fix train results-core evaluation-grams near-duplicates judge-agreement
+.PHONY: demo test check fix train results-core ablations evaluation-grams near-duplicates judge-agreement
 demo: .venv/ready
 	.venv/bin/safegene demo
 
@@ -27,6 +27,13 @@ N ?= 300
 VARIANTS ?= base,sure,gsm8k,medical,role-play,identity,compliant
 results-core: .venv/ready
 	.venv/bin/safegene results --data $(DATA) --n $(N) --variants $(VARIANTS) --out runs/core
+
+# What carries the result: three short trainings, with everything, without drift augmentation, without misfire training.
+ablations: .venv/ready
+	for a in full no-drift no-misfire; do \
+	  .venv/bin/safegene train --config recipes/ablation-$$a.yaml --out runs/ablation-$$a && \
+	  .venv/bin/safegene results --adapter runs/ablation-$$a --data $(DATA) --n 60 --variants base,sure --out runs/ablations || exit 1; \
+	done
 
 evaluation-grams: .venv/ready
 	$(PY) -m safegene.evaluation.public $(DATA) > src/safegene/training/text/evaluation_grams.txt

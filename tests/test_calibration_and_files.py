@@ -29,13 +29,13 @@ def calibrated(model: Any, tokenizer: Any) -> SafetyAdapter:
     from safegene.calibration import feature_statistics, read_anchors
 
     adapter = random_adapter(model, tokenizer, anchors=ANCHORS)
-    features = read_anchors(model, (1, 2), tokenizer, ANCHORS)
+    features = read_anchors(model, adapter.config.read_layers, tokenizer, ANCHORS)
     harmful = torch.tensor([a.label == "harmful" for a in ANCHORS])
     adapter.anchor_mean, adapter.anchor_std = feature_statistics(features)
     adapter.requires_grad_(True)
     optimiser = torch.optim.Adam(adapter.gate.parameters(), lr=0.02)
     for _ in range(150):
-        scores = torch.stack([adapter.gate.score(list(f)).max() for f in features])
+        scores = torch.stack([adapter.gate.score(list(f[:2])).max() for f in features])
         torch.nn.functional.binary_cross_entropy_with_logits(scores, harmful.float()).backward()
         optimiser.step()
         optimiser.zero_grad()

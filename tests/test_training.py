@@ -88,9 +88,10 @@ def test_targets_open_the_gate_after_the_users_words_and_teach_refusals_or_answe
         rows = targets[index]["rows"]
         assert rows == targets[index]["rows"]  # drawn from the seed and the index alone: a resumed run sees the same
         for row in rows:
-            shut = [i for i, o in zip(row["input_ids"], row["opened"], strict=True) if not o]
+            given = row["opened"].index(1)
             words = tokenizer.decode(row["input_ids"]).split("<s>")[0]
-            assert tokenizer.decode(shut).startswith(words)
+            assert tokenizer.decode(row["input_ids"][:given]).startswith(words)
+            assert set(row["opened"][:given]) <= {-1, 0}
             assert row["labels"][0] == -100
             assert row["labels"][-1] == row["input_ids"][-1]
         tensors = collate([targets[index]])

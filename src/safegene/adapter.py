@@ -69,20 +69,19 @@ class Intervention(nn.Module):
         self.wish_bias = nn.Parameter(torch.zeros(1))
         self.register_buffer("scale", torch.ones(()))
 
-    def correction(self, strength: Tensor | float = 1.0) -> Correction:
-        """The weights as `intervene` takes them, at strength α."""
-        return Correction(self.down, self.bias, self.up, self.wish, self.wish_bias, self.scale * strength)
-
-    def forward(self, hidden: Tensor, g: Tensor, strength: Tensor | float = 1.0) -> Tensor:
-        """`intervene` with this layer's weights."""
-        return intervene(hidden, g, self.correction(strength))
+    def correction(self, shift: Tensor, scale: Tensor, strength: Tensor | float = 1.0) -> Correction:
+        """The weights as `intervene` takes them, at strength α, with calibration inside: features are read as
+        (x − shift) · scale, [d] each, as the gate's are."""
+        down = self.down * scale
+        return Correction(down, self.bias - down @ shift, self.up, self.wish, self.wish_bias, self.scale * strength)
 
 
 class SafetyAdapter(nn.Module):
     """Gate and interventions of one base model, and what calibration needs to know about that base.
 
     Buffers:
-        anchor_mean, anchor_std: [gate layers, d], the gate's features over the anchors on the base model.
+        anchor_mean, anchor_std: [gate layers + intervention layers, d], the features at `config.read_layers` over the
+            anchors on the base model.
         sketch: [matrices, projections], random projections of the base's weights (see `models.weight_sketch`).
     """
 
@@ -97,7 +96,7 @@ class SafetyAdapter(nn.Module):
         self.interventions = nn.ModuleDict(
             {str(layer): Intervention(config.hidden_size, config.rank) for layer in config.intervention_layers}
         )
-        shape = (len(config.gate_layers), config.hidden_size)
+        shape = (len(config.read_layers), config.hidden_size)
         self.register_buffer("anchor_mean", torch.zeros(shape))
         self.register_buffer("anchor_std", torch.ones(shape))
         self.register_buffer("sketch", torch.zeros(0, 0))

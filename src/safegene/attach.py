@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from safegene.adapter import Correction, SafetyAdapter, intervene
-from safegene.calibration import Calibration, calibrate
+from safegene.calibration import Calibration, calibrate, fold_gate
 from safegene.errors import AttachError, CalibrationError, DriftError, GateError
 from safegene.gate import open_hard, open_soft
 from safegene.models import decoder_layers, sketch_distance, tokenizer_digest, unwrap, weight_sketch, weights_digest
@@ -26,6 +26,7 @@ class _Pass(threading.local):
 
     inner: Tensor | None = None
     g: Tensor | None = None
+    shut: bool = False
     failed: Tensor | None = None
 
 
@@ -48,15 +49,14 @@ class Handle:
         config = self.adapter.config
         layers = decoder_layers(self.model)
         device = next(layers[config.gate_layers[-1]].parameters()).device
-        gate = self.adapter.gate.fold(
-            self.calibration.shift, self.calibration.scale, self.calibration.threshold, self.calibration.ramp
-        )
-        self._gate = gate.to(device)
+        calibration, k = self.calibration, len(config.gate_layers)
+        self._gate = fold_gate(self.adapter, calibration).to(device)
         self._weights: dict[int, Correction] = {}
         part: Any
-        for name, part in self.adapter.interventions.items():
+        for index, (name, part) in enumerate(self.adapter.interventions.items(), k):
             where = next(layers[int(name)].parameters()).device
-            self._weights[int(name)] = part.correction(self.calibration.strength).to(where)
+            correction = part.correction(calibration.shift[index], calibration.scale[index], calibration.strength)
+            self._weights[int(name)] = correction.to(where)
         try:
             for index, layer in enumerate(config.gate_layers):
                 self._hooks.append(layers[layer].register_forward_hook(self._gate_hook(index)))
@@ -87,7 +87,9 @@ class Handle:
                 return
             opening = self._gate.opening(inner)
             self._pass.failed = opening.sum()  # NaN if any score is; looked at once, after the pass
-            self._pass.g = self._open(opening)
+            self._pass.g = g = self._open(opening)
+            # On the CPU one look is cheaper than adding nothing at every layer; elsewhere it would wait for the device.
+            self._pass.shut = g.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(g.any())
             if self.record is not None:
                 self.record.append(opening.detach()[..., 0].cpu())
 
@@ -102,6 +104,8 @@ class Handle:
             g = self._pass.g
             if g is None:
                 raise GateError("The gate was not read in this pass; run the whole model, in one thread a pass.")
+            if self._pass.shut:
+                return None
             hidden = output[0] if isinstance(output, tuple) else output
             changed = intervene(hidden, g.to(hidden.device), weights)
             return (changed, *output[1:]) if isinstance(output, tuple) else changed

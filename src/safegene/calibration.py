@@ -1,7 +1,7 @@
 """Calibration: find the gate's place again on a model that has drifted. Forward passes only.
 
 A fine-tune keeps the order of the gate's scores and loses their level (docs/log.md). So the labelled anchor prompts
-that travel with the adapter are read on the model, and
+that travel with the adapter are read on the model, and for the gate and for every intervention
 
     features    x' = (x − μ) σ_base / σ + μ_base                   mean and scale of every feature put back
     threshold   τ = τ_base + ½ (b − b_base) + ½ (h − h_base)
@@ -26,7 +26,7 @@ from torch import Tensor
 from safegene.adapter import SafetyAdapter
 from safegene.config import Anchor, AnchorLabel
 from safegene.errors import CalibrationError
-from safegene.gate import normalise
+from safegene.gate import FoldedGate, normalise
 from safegene.models import decoder_layers, unwrap, weights_digest
 
 MIN_SEPARATION = 0.80
@@ -35,7 +35,7 @@ MIN_SEPARATION = 0.80
 
 @dataclass(frozen=True)
 class Calibration:
-    """What attach needs to know about one checkpoint. `shift` and `scale` are [gate layers, d]."""
+    """What attach needs to know about one checkpoint. `shift` and `scale` are [read layers, d] (`AdapterConfig.read_layers`)."""
 
     shift: Tensor
     scale: Tensor
@@ -165,7 +165,9 @@ def feature_statistics(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 def anchor_scores(adapter: SafetyAdapter, features: Sequence[Tensor], shift: Tensor, scale: Tensor) -> Tensor:
     """Highest score of every anchor, [anchors]."""
     with torch.no_grad():
-        return torch.stack([adapter.gate.score(list((f - shift[:, None]) * scale[:, None])).max() for f in features])
+        k = len(adapter.config.gate_layers)
+        aligned = (((f - shift[:, None]) * scale[:, None])[:k] for f in features)
+        return torch.stack([adapter.gate.score(list(f)).max() for f in aligned])
 
 
 def labelled(scores: Tensor, anchors: Sequence[Anchor], *labels: AnchorLabel) -> Tensor:
@@ -180,6 +182,12 @@ def boundary(scores: Tensor, anchors: Sequence[Anchor]) -> tuple[float, float]:
     return float(shut.quantile(0.9)), float(labelled(scores, anchors, "harmful").quantile(0.1))
 
 
+def fold_gate(adapter: SafetyAdapter, calibration: Calibration) -> FoldedGate:
+    """The adapter's gate with this calibration inside."""
+    k = len(adapter.config.gate_layers)
+    return adapter.gate.fold(calibration.shift[:k], calibration.scale[:k], calibration.threshold, calibration.ramp)
+
+
 def calibrate(model: Any, adapter: SafetyAdapter, tokenizer: Any) -> Calibration:
     """Read the anchors on `model` and set the gate for it.
 
@@ -190,7 +198,7 @@ def calibrate(model: Any, adapter: SafetyAdapter, tokenizer: Any) -> Calibration
     labels = {a.label for a in config.anchors}
     if "harmful" not in labels or len(labels) < 2:
         raise CalibrationError("The adapter carries no labelled anchors; train it again, or attach without tokenizer.")
-    features = read_anchors(model, config.gate_layers, tokenizer, config.anchors)
+    features = read_anchors(model, config.read_layers, tokenizer, config.anchors)
     mean, std = feature_statistics(features)
     if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
         raise CalibrationError("The model's hidden states hold NaN or infinity; check its weights.")

@@ -76,6 +76,11 @@ class AdapterConfig:
         if self.ramp <= 0:
             raise AdapterFileError(f"ramp is {self.ramp}; it must be above 0.")
 
+    @property
+    def read_layers(self) -> tuple[int, ...]:
+        """Layers whose features calibration puts back: the gate's, then the interventions' (one may stand in both)."""
+        return self.gate_layers + self.intervention_layers
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

@@ -43,6 +43,7 @@ class Gate(nn.Module):
         inner = self.bias + sum(F.linear(x, w) for x, w in zip(features, self.weight, strict=True))
         return F.linear(F.silu(inner), self.out[None])[..., 0] + self.out_bias
 
+    @torch.no_grad()
     def fold(self, shift: Tensor, scale: Tensor, threshold: float, ramp: float) -> FoldedGate:
         """Put calibration into the weights, so that it costs nothing at inference.
 

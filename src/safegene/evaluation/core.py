@@ -22,12 +22,12 @@ from safegene.calibration import Calibration, end_of_turn
 from safegene.evaluation import public
 from safegene.evaluation.demo import HELD_OUT, vertical
 from safegene.evaluation.judges import SUPPORT
-from safegene.evaluation.overhead import overhead
+from safegene.evaluation.overhead import overhead, token_block
 from safegene.evaluation.plots import core_svg
 from safegene.evaluation.run import Answers, ask, task_loss
 from safegene.evaluation.statistics import paired_p, rate, retention
 from safegene.progress import Progress, silent
-from safegene.training.data import pairs
+from safegene.training.data import ordinary, pairs
 from safegene.training.finetune import Row, collate, finetune
 
 FIGURE_SETS = ("AdvBench", "JailbreakBench", "MaliciousInstruct", "HarmBench standard")
@@ -69,10 +69,10 @@ def core(
             rows, task = public.FINE_TUNES[name](data)
             current = _fine_tune(model, rows, out / name / "model", name, progress)
             sets, few = TRANSFER_SETS, min(n, PER_SET_ON_FINE_TUNES)
-        harmful = {k: v[:few] for k, v in public.harmful(data).items() if k in sets}
-        harmless = {k: v[:few] for k, v in public.ordinary(data).items()}
-        harmless["verticals"] = [r["prompt"] for v in VERTICALS for r in vertical(v, "held_out")][:few]
-        harmless["XSTest safe"] = public.xstest(data, "safe")[:few]
+        harmful = {k: spread(v, few) for k, v in public.harmful(data).items() if k in sets}
+        harmless = {k: spread(v, few) for k, v in public.ordinary(data).items()}
+        harmless["verticals"] = spread([r["prompt"] for v in VERTICALS for r in vertical(v, "held_out")], few)
+        harmless["XSTest safe"] = spread(public.xstest(data, "safe"), few)
         study = _Variant(name, current, tokenizer, gene, out / name, digest, progress)
         results["variants"][name] = study.measure(harmful, harmless, task, data, n)
         del current, study
@@ -84,12 +84,17 @@ def core(
     return results
 
 
+def spread(prompts: Sequence[str], n: int) -> list[str]:
+    """n prompts at even distances: public sets are sorted by subject, their first rows are not the whole set."""
+    return list(prompts) if len(prompts) <= n else [prompts[i * len(prompts) // n] for i in range(n)]
+
+
 def _retain(base: dict[str, Any], figures: dict[str, Any]) -> None:
     """Add the retention of a variant: its safety score over the base's, both with the adapter, on the same prompts."""
     kept = [
-        (a, b)
+        (base["harmful"][k]["with_safe"][prompt], safe)
         for k in TRANSFER_SETS
-        for a, b in zip(base["harmful"][k]["with_safe"], figures["harmful"][k]["with_safe"], strict=False)
+        for prompt, safe in figures["harmful"][k]["with_safe"].items()
     ]
     if any(a for a, _ in kept):
         figures["retention"] = asdict(retention([a for a, _ in kept], [b for _, b in kept]))
@@ -144,9 +149,8 @@ class _Variant:
         """All figures of this variant; see the keys."""
         found: dict[str, Any] = {"harmful": {}, "harmless": {}}
         plain = {k: self._ask(k, v, "plain") for k, v in {**harmful, **harmless}.items()}
-        ordinary = [p for k in harmless if k != "XSTest safe" for p in harmless[k]]
-        ordinary = ordinary[:: max(1, -(-len(ordinary) // min(n, CLOSED_PROMPTS)))]
-        long = self._ask("ordinary 256", ordinary, "plain", tokens=CLOSED_TOKENS)
+        everyday = [p for k in harmless if k != "XSTest safe" for p in harmless[k]]
+        long = self._ask("ordinary 256", spread(everyday, min(n, CLOSED_PROMPTS)), "plain", tokens=CLOSED_TOKENS)
         loss = task_loss(self.model, self.tokenizer, task) if task else None
 
         start = time.perf_counter()
@@ -158,7 +162,7 @@ class _Variant:
             found["harmful"][name] = {
                 "without": asdict(plain[name].safety_score()),
                 "with": asdict(adapted.safety_score()),
-                "with_safe": [v.safe for v in adapted.verdicts],
+                "with_safe": {p: v.safe for p, v in zip(prompts, adapted.verdicts, strict=True)},
                 "gate_open_at_prompt": asdict(
                     rate([bool(o[-1] > 0) for o in openings(handle, self.tokenizer, prompts)])
                 ),
@@ -205,22 +209,33 @@ class _Variant:
         troubled = [p.harmful for p in pairs(0, 3, HELD_OUT)[1] if p.category == "self_harm"]
         cared = self._ask("self-harm", troubled, self.digest)
         support = [bool(SUPPORT.search(r.lower())) for r in cared.responses]
-        self.progress("base: timing")
-        cost = {
-            f"{kind}, batch {batch}": asdict(
-                overhead(self.model, handle, batch=batch, prompt=prompt, pairs=pairs, decode=kind == "decode")
-            )
-            for kind, batch, prompt, pairs in (
-                ("prefill", 1, 512, 60), ("prefill", 16, 128, 20), ("decode", 1, 128, 300), ("decode", 16, 128, 150)
-            )
-        }  # fmt: skip
+        cost = self._overhead(handle)
+        handle.detach()
+        calibration = handle.calibration
+        forced = attach(self.model, self.gene, calibration=replace(calibration, threshold=-1e6))
+        at_worst = {f"{k}, gate forced open": v for k, v in self._overhead(forced).items()}
+        forced.detach()
         return {
             "prefilled": asdict(prefilled.safety_score()),
             "refusals": {"of": len(goals), "refused": len(refused), "distinct": len(set(refused)),
                          "goes_on": sum(v.reason == "refuses, then goes on" for v in long.verdicts)},
             "self_harm": {"safe": asdict(cared.safety_score()), "points_to_support": asdict(rate(support))},
-            "overhead": cost,
+            "overhead": cost | at_worst,
         }  # fmt: skip
+
+    def _overhead(self, handle: Handle) -> dict[str, Any]:
+        """Time on ordinary text."""
+        texts = list(ordinary("ordinary_held_out"))
+        shapes = (
+            ("prefill", 1, 512, 60), ("prefill", 16, 128, 20), ("decode", 1, 128, 300), ("decode", 16, 128, 150)
+        )  # fmt: skip
+        found = {}
+        for kind, rows, positions, times in shapes:
+            self.progress(f"base: timing {kind}, batch {rows}")
+            ids = token_block(self.tokenizer, texts, rows, positions)
+            cost = overhead(self.model, handle, ids, pairs=times, decode=kind == "decode")
+            found[f"{kind}, batch {rows}"] = asdict(cost)
+        return found
 
 
 @torch.no_grad()

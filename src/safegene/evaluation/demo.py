@@ -10,7 +10,7 @@ from typing import Any
 from safegene import models
 from safegene.adapter import SafetyAdapter
 from safegene.attach import Handle, attach
-from safegene.evaluation.overhead import Overhead, overhead
+from safegene.evaluation.overhead import Overhead, overhead, token_block
 from safegene.evaluation.run import Answers, ask, task_loss
 from safegene.evaluation.statistics import Rate
 from safegene.progress import Progress, silent
@@ -82,9 +82,10 @@ def demo(
 
     progress(f"loading {model}")
     base = models.load(model, dtype="bfloat16")
+    tokenizer = base.tokenizer
     rows = [{**r, "answer": "Sure! " + r["answer"]} for r in vertical("customer_support", "train")]
     rows += [{**r, "answer": "Of course! " + r["answer"]} for r in vertical("medical_information", "train")]
-    tuned = finetune(copy.deepcopy(base.model), base.tokenizer, rows, None, steps=steps, progress=progress)
+    tuned = finetune(copy.deepcopy(base.model), tokenizer, rows, None, steps=steps, progress=progress)
 
     results: list[DemoRow] = []
     answers: dict[str, Answers] = {}
@@ -95,17 +96,17 @@ def demo(
             advance = progress(f"asking {variant}", len(harmful) + len(harmless))
             if adapted:
                 start = time.perf_counter()
-                handle = attach(current, gene, tokenizer=base.tokenizer)
+                handle = attach(current, gene, tokenizer=tokenizer)
                 attach_seconds, report = time.perf_counter() - start, handle.calibration.report
-            answers[variant] = ask(current, base.tokenizer, harmful, done=advance)
-            benign = ask(current, base.tokenizer, harmless, tokens=32, done=advance)
-            loss = task_loss(current, base.tokenizer, [{**r, "answer": "Sure! " + r["answer"]} for r in task])
+            answers[variant] = ask(current, tokenizer, harmful, done=advance)
+            benign = ask(current, tokenizer, harmless, tokens=32, done=advance)
+            loss = task_loss(current, tokenizer, [{**r, "answer": "Sure! " + r["answer"]} for r in task])
             results.append(DemoRow(variant, answers[variant].safety_score(), benign.over_refusal(), loss))
     assert isinstance(handle, Handle)
     progress("timing")
     cost = {
-        "prefill": overhead(tuned, handle, batch=1, prompt=256, pairs=pairs, decode=False),
-        "decode": overhead(tuned, handle, batch=1, prompt=64, pairs=pairs * 3, decode=True),
+        "prefill": overhead(tuned, handle, token_block(tokenizer, harmless, 1, 256), pairs=pairs, decode=False),
+        "decode": overhead(tuned, handle, token_block(tokenizer, harmless, 1, 64), pairs=pairs * 3, decode=True),
     }
     score = {r.variant: r.safety_score.value for r in results}
     lost = score["base"] - score["fine-tune"]

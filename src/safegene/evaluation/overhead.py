@@ -5,37 +5,44 @@ from __future__ import annotations
 import random
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from safegene.attach import Handle
 
 
 @dataclass(frozen=True)
 class Overhead:
-    """Median of (time with ÷ time without − 1) over the pairs, with a bootstrap 95 % interval."""
+    """Median of (time with ÷ time without − 1) over the pairs, with a bootstrap 95 % interval. `open`: share of positions
+    at which the adapter acted."""
 
     value: float
     low: float
     high: float
     n: int
+    open: float
+
+
+def token_block(tokenizer: Any, texts: Sequence[str], rows: int, positions: int) -> Tensor:
+    """Running text as token ids, [rows, positions]; starts over at the end of the texts."""
+    ids = tokenizer("\n\n".join(texts), add_special_tokens=False)["input_ids"]
+    wanted = rows * positions
+    return torch.tensor((ids * (wanted // len(ids) + 1))[:wanted]).view(rows, positions)
 
 
 @torch.inference_mode()
-def overhead(
-    model: Any, handle: Handle, *, batch: int, prompt: int, pairs: int, decode: bool, seed: int = 0
-) -> Overhead:
+def overhead(model: Any, handle: Handle, ids: Tensor, *, pairs: int, decode: bool, seed: int = 0) -> Overhead:
     """Time `pairs` interleaved passes with and without the adapter.
 
     Args:
-        batch, prompt: rows and prompt tokens of a pass.
-        decode: time single-token steps on a filled cache instead of the prefill.
+        ids: the tokens of a pass, [rows, positions] (see `token_block`).
+        decode: time single-token steps on a cache filled with `ids` instead of the prefill.
     """
-    generator = torch.Generator().manual_seed(seed)
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(5, vocabulary, (batch, prompt), generator=generator).to(model.device)
+    ids = ids.to(model.device)
     rng = random.Random(seed)
     cache: Any = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values if decode else None
 
@@ -54,6 +61,9 @@ def overhead(
         with handle.disabled():
             return once()
 
+    with handle.recording() as record:
+        once()
+    share = float((record[0] > 0).float().mean())
     for _ in range(3):
         once(), off()
     ratios = []
@@ -64,4 +74,4 @@ def overhead(
             b, a = off(), once()
         ratios.append(a / b - 1)
     medians = sorted(statistics.median(rng.choices(ratios, k=pairs)) for _ in range(500))
-    return Overhead(statistics.median(ratios), medians[12], medians[487], pairs)
+    return Overhead(statistics.median(ratios), medians[12], medians[487], pairs, share)

@@ -51,7 +51,8 @@ def core_markdown(results: dict[str, Any]) -> str:
                   f"- Self-harm requests (own held-out text): {_rate(base['self_harm']['safe'])} safe; "
                   f"{_rate(base['self_harm']['points_to_support'])} point to support."]  # fmt: skip
         lines += [
-            f"- Overhead, {k}: {100 * o['value']:+.2f} % [{100 * o['low']:+.2f}, {100 * o['high']:+.2f}], {o['n']} pairs."
+            f"- Overhead, {k}: {100 * o['value']:+.2f} % [{100 * o['low']:+.2f}, {100 * o['high']:+.2f}], {o['n']} pairs, "
+            f"gate open at {100 * o['open']:.1f} % of the positions."
             for k, o in base["overhead"].items()
         ]
     return "\n".join(lines)

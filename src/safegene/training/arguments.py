@@ -33,14 +33,14 @@ class TrainingArguments:
     Half of these are kept out of training and set the threshold."""
     long_answer_tokens: int = 200
     shadow_steps: int = 45
-    gate_steps: int = 2000
+    gate_steps: int = 3000
     twin_weight: float = 0.35
     """Weight of the twins in the gate's loss (see `gate_fit.fit`)."""
-    false_alarms: float = 0.08
+    false_alarms: float = 0.09
     """Share of unseen ordinary chats, answers included, in which the gate may open: sets the threshold on the base.
     Chosen while looking at Alpaca-like and MT-Bench prompts too (docs/log.md), so it is no held-out choice."""
     probe_steps: int = 1500
-    steps: int = 750
+    steps: int = 400
     rows_per_step: int = 40
     learning_rate: float = 3e-3
     misfire_training: bool = True

@@ -162,19 +162,59 @@ def ordinary(name: str = "ordinary") -> tuple[str, ...]:
     return tuple(row["text"] for row in read_jsonl(TEXT / f"{name}.jsonl", ("text",)))
 
 
+REFUSALS = ("I cannot help with", "I won't help with")
+"""How a refusal begins, always: whether an answer refuses is then settled by one token, and one that the base rarely begins
+with. Spread over a dozen beginnings, the weight of refusing lost to a compliant one, and those that begin like the base's own
+answers ("I'm ...", "I can ...") slid back into them (docs/log.md)."""
+
+
+@functools.cache
+def _refusal_parts() -> dict[str, dict[str, tuple[str, ...]]]:
+    """By harm category: `general` and `specific` names of the harm and `offers` of safe help, or `whole` refusals."""
+    return {
+        path.stem: {key: tuple(lines) for key, lines in json.loads(path.read_text(encoding="utf-8")).items()}
+        for path in sorted((TEXT / "refusals").glob("*.json"))
+    }
+
+
 @functools.cache
 def refusals() -> dict[str, tuple[str, ...]]:
-    """Refusals by harm category.
+    """Every refusal that `refusal` may draw, by harm category.
 
     Raises:
         DataError: a line does not refuse (see `looks_like_refusal`): a harmful target would be trained.
     """
     found = {}
-    for path in sorted((TEXT / "refusals").glob("*.txt")):
-        lines = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-        check_refusals(lines, path)
-        found[path.stem] = lines
+    for category, parts in _refusal_parts().items():
+        topics = parts.get("general", ()) + parts.get("specific", ())
+        lines = tuple(f"{r} {t}. {o}" for r in REFUSALS for t in topics for o in parts.get("offers", ()))
+        found[category] = lines + parts.get("whole", ())
+        check_refusals(found[category], category)
     return found
+
+
+def refusal(pair: Pair, rng: random.Random) -> str:
+    """A refusal of the harmful request: it names the harm by the words they share, or else by its category."""
+    parts = _refusal_parts()[pair.category]
+    if "whole" in parts:
+        return rng.choice(_closest(parts["whole"], pair.core) or parts["whole"])
+    closest = _closest(parts["specific"], pair.core)
+    topic = closest[0] if len(closest) == 1 else rng.choice(parts["general"])
+    return f"{rng.choice(REFUSALS)} {topic}. {rng.choice(parts['offers'])}"
+
+
+def _closest(texts: Sequence[str], request: str) -> list[str]:
+    """Those that share most word stems with the request; none if none shares any."""
+    asked = _stems(request)
+    shared = [len(asked & _stems(text)) for text in texts]
+    return [t for t, n in zip(texts, shared, strict=True) if n == max(shared) and n]
+
+
+def _stems(text: str) -> set[str]:
+    return {w[:5] for w in re.findall(r"[a-z]{4,}", text.lower())} - _COMMON
+
+
+_COMMON = set("help with witho someo somet peopl perso other their them that this make makin your from into".split())  # noqa: SIM905
 
 
 _REFUSES = re.compile(

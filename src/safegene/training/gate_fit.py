@@ -57,15 +57,14 @@ def gate_rows(
 ) -> list[GateRow]:  # fmt: skip
     """Rows the gate is fitted on: harmful requests, some with an answer that has begun to comply or to refuse, their
     twins and ordinary requests, with the base's harmless answer where there is one. Without `rng`, prompts alone."""
-    refusals = data.refusals()
     rows = []
     for number, pair in enumerate(pairs):
         answer = answers.get(pair.twin, "")
         begun = ""
-        if rng and rng.random() < 0.5:
-            kind, refusal = rng.random(), rng.choice(refusals[pair.category])
-            begun = refusal[:120] if kind < 0.3 else opening(pair, answer, rng)
-            begun += refusal[:40] if kind > 0.8 else ""
+        if rng and rng.random() < 0.6:
+            refusal = data.refusal(pair, rng)
+            # A refusal is read to its end: where the gate shut inside one, it went on in circles (docs/log.md).
+            begun = rng.choice((refusal, opening(pair, answer, rng), opening(pair, answer, rng) + refusal))
         rows.append(gate_row(tokenizer, pair.harmful, begun, "harmful", number))
         rows.append(gate_row(tokenizer, pair.twin, answer, "twin", number))
     return rows + [gate_row(tokenizer, text, answers.get(text, ""), "ordinary") for text in ordinary]
@@ -129,12 +128,12 @@ class Part(NamedTuple):
 
 
 LOSS = (
-    Part("harmful", 0, 256, 1.0), Part("harmful", 1, 192, 0.5), Part("ordinary", 0, 256, 1.0),
+    Part("harmful", 0, 384, 2.0), Part("harmful", 1, 256, 0.8), Part("ordinary", 0, 256, 1.0),
     Part("ordinary", 1, 384, 1.0, 1.0), Part("twin", 1, 384, 0.5, 1.0),
-    Part("ordinary", -1, 96, 0.3), Part("twin", -1, 96, 0.3),
+    Part("ordinary", -1, 256, 1.0, 1.0), Part("twin", -1, 256, 1.0, 1.0),
 )  # fmt: skip
-"""Cross-entropy; twins at the prompt's end have their own weight. Inside answers the hardest positions count extra: false
-alarms add up over hundreds of tokens."""
+"""Cross-entropy; twins at the prompt's end have their own weight. Inside answers and in the user's own words the hardest
+positions count extra: false alarms add up over hundreds of tokens."""
 
 
 def fit(

@@ -21,76 +21,94 @@ DECISION_TOKENS = 5
 HARMFUL_SHARE = 0.6
 """More harmful rows than harmless ones: at even shares the interventions answered a third of JailbreakBench."""
 
+TARGET_FRAMES = 10
+"""Frames of each core here: the rows cost nothing to keep, and more of them are harder to learn by heart."""
+
+HARMLESS_TOKENS = 24
+"""A misfire is judged by how the answer begins."""
+
 QUESTION_SHARE = 0.6
 """Look-alikes that people really type are mostly short questions ("How do I kill a process?"); long instructions about harm
 are mostly meant. The twins are as many of each, so questions are drawn more often."""
 
 
 class Targets(Dataset[dict[str, Any]]):
-    """What an open gate should lead to. Every index is one batch, drawn from the seed and the index alone. For two thirds of
-    the steps two batches of many short rows, which decide between refusing and answering, and one of fewer whole answers take
-    turns; then only whole answers, without which a refusal begins well and ends in babble (docs/log.md)."""
+    """What an open gate should lead to. Every index is one batch, drawn from the seed and the index alone. Batches of many
+    short rows, which decide between refusing and answering, and of fewer whole answers take turns; the last sixth are whole
+    answers, without which a refusal begins well and ends in babble (docs/log.md)."""
 
     def __init__(
         self, tokenizer: Any, pairs: Sequence[Pair], harmless: Sequence[tuple[str, str]], arguments: TrainingArguments
     ) -> None:
         self.tokenizer, self.arguments = tokenizer, arguments
-        self.refusals = data.refusals()
-        # A misfire is judged by how the answer begins; long answers would only fill the batch. Where the base itself seems
-        # to refuse, there is nothing to learn.
+        # Where the base itself seems to refuse, there is nothing to learn.
         self.answers = {q: a[:240] for q, a in harmless if not data.looks_like_refusal(a)}
-        twins = {p.twin for p in pairs}
         self.pairs = sorted(pairs, key=lambda p: len(p.harmful))
-        self.twins = sorted((q for q in self.answers if q in twins), key=len)
-        self.questions = [q for q in self.twins if q.rstrip().endswith("?") or len(q.split()) < 10]
+        twins = {p.twin for p in pairs}
         self.ordinary = sorted((q for q in self.answers if q not in twins), key=len)
+        # Short rows need no answer of the base: what a misfire begins with is compared at the prompt's end.
+        self.twins = {False: sorted(twins, key=len), True: sorted(twins & set(self.answers), key=len)}
+        self.questions = {
+            whole: [q for q in some if q.rstrip().endswith("?") or len(q.split()) < 10]
+            for whole, some in self.twins.items()
+        }
 
     def __len__(self) -> int:
         return self.arguments.steps
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = random.Random(f"{self.arguments.seed}/{index}")
-        whole, at = index % 3 == 2 or index >= 2 * self.arguments.steps // 3, rng.random()
+        whole, at = index % 2 == 1 or index >= 5 * self.arguments.steps // 6, rng.random()
         n = self.arguments.rows_per_step // (2 if whole else 1)
         harmful = round(n * HARMFUL_SHARE) if self.arguments.misfire_training else n
         rows = [self._harmful(rng, at, whole) for _ in range(harmful)]
-        for _ in range(n - harmful):
-            twins = self.questions if self.questions and rng.random() < QUESTION_SHARE else self.twins
-            twin = twins and (not self.ordinary or rng.random() < 0.85)
-            question = rng.choice(window(twins if twin else self.ordinary, at))
-            rows.append(self._row(question, self.answers[question], rng, whole, end=False))
+        rows += [self._harmless(rng, at, whole) for _ in range(n - harmful)]
         return {"rows": rows}
 
     def _harmful(self, rng: random.Random, at: float, whole: bool) -> dict[str, list[int]]:
         pair = rng.choice(window(self.pairs, at))
-        begun = ""
-        if self.arguments.drift_augmentation and rng.random() < 0.35:
-            begun = data.opening(pair, self.answers.get(pair.twin, ""), rng)
-        return self._row(pair.harmful, rng.choice(self.refusals[pair.category]), rng, whole, begun)
+        begun = data.opening(pair, self.answers.get(pair.twin, ""), rng) if self._begins(rng) else ""
+        answer = data.refusal(pair, rng)
+        if begun and rng.random() < 0.5:  # an opening that was broken off: the refusal starts a paragraph of its own
+            begun, answer = begun.rstrip(" :\n"), "\n\n" + answer
+        return self._row(pair.harmful, answer, rng, whole, begun)
+
+    def _harmless(self, rng: random.Random, at: float, whole: bool) -> dict[str, list[int]]:
+        questions = self.questions[whole] and rng.random() < QUESTION_SHARE
+        twins = self.questions[whole] if questions else self.twins[whole]
+        twin = twins and (not self.ordinary or rng.random() < 0.85)
+        question = rng.choice(window(twins if twin else self.ordinary, at))
+        # The same openings as harmful rows, or "Sure" itself would become a reason to refuse (docs/log.md).
+        begun = rng.choice(data.OPENINGS) if self._begins(rng) else ""
+        begun = begun.rstrip(" :\n") if rng.random() < 0.5 else begun
+        return self._row(question, self.answers.get(question, ""), rng, whole, begun, harmful=False)
+
+    def _begins(self, rng: random.Random) -> bool:
+        return self.arguments.drift_augmentation and rng.random() < 0.35
 
     def _row(
-        self, prompt: str, answer: str, rng: random.Random, whole: bool, begun: str = "", end: bool = True
+        self, prompt: str, answer: str, rng: random.Random, whole: bool, begun: str = "", harmful: bool = True
     ) -> dict[str, list[int]]:
         ids, after_words = end_of_turn(self.tokenizer, prompt, begun)
         target = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
-        target = [*target, self.tokenizer.eos_token_id] if end else target
+        target = [*target, self.tokenizer.eos_token_id] if harmful or not target else target[:HARMLESS_TOKENS]
         target = target if whole else target[:DECISION_TOKENS]
         prompt_end = len(end_of_turn(self.tokenizer, prompt)[0]) - 1
         # The gate is asked to open at the prompt's end; now and then it opens on the template's tokens before, or wakes
         # late, as it does in an answer that slides into compliance.
-        draw = rng.random()
+        draw, before = rng.random(), -1
         if draw < 0.2:
             first = after_words
         elif draw < 0.8 or not begun:
             first = prompt_end
         else:
-            first = rng.randint(min(prompt_end, len(ids) - 1), len(ids) - 1)
-        opened = [0] * first + [1] * (len(ids) + len(target) - first)
-        # A gate read anew at every token may stay open through the answer, flicker, or have done its work at the prompt.
-        stays = rng.choice((1.0, 1.0, 0.6, 0.0))
-        for place in range(max(prompt_end, first) + 1, len(opened)):
-            opened[place] = int(rng.random() < stays)
-        return {"input_ids": ids + target, "labels": [-100] * len(ids) + target, "opened": opened}
+            first, before = rng.randint(min(prompt_end, len(ids) - 1), len(ids) - 1), 0
+        last = max(prompt_end, first)
+        # Elsewhere the gate is what it is, or, on a model that drifted further, shut again.
+        after = rng.choice((-1, -1, -1, 0))
+        opened = [before] * first + [1] * (last + 1 - first) + [after] * (len(ids) + len(target) - last - 1)
+        labels = [-100] * len(ids) + target
+        return {"input_ids": ids + target, "labels": labels, "opened": opened, "harmful": [int(harmful)]}
 
 
 T = TypeVar("T")
@@ -116,4 +134,5 @@ def collate(batch: Sequence[dict[str, Any]], pad: int = 0) -> dict[str, Tensor]:
         "attention_mask": padded([[1] * len(r["input_ids"]) for r in rows], 0),
         "labels": padded([r["labels"] for r in rows], -100),
         "opened": padded([r["opened"] for r in rows], 0),
+        "harmful": torch.tensor([r["harmful"][0] for r in rows], dtype=torch.bool),
     }

@@ -16,11 +16,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from safegene import models
-from safegene.adapter import SafetyAdapter
-from safegene.calibration import anchor_scores, boundary, end_of_turn, feature_statistics, labelled, read_anchors
+from safegene.adapter import SafetyAdapter, intervene
+from safegene.calibration import (
+    Calibration,
+    anchor_scores,
+    boundary,
+    calibrate,
+    end_of_turn,
+    feature_statistics,
+    fold_gate,
+    labelled,
+    read_anchors,
+)
 from safegene.config import AdapterConfig, Anchor, AnchorLabel
 from safegene.errors import DataError
-from safegene.gate import Gate
+from safegene.gate import Gate, open_hard
 from safegene.progress import Progress, silent
 from safegene.training import contamination, data
 from safegene.training.arguments import TrainingArguments
@@ -29,59 +39,115 @@ from safegene.training.data import Pair
 from safegene.training.finetune import Report
 from safegene.training.gate_fit import GateFeatures, GateRow, fit, gate_rows, make_anchors, read, realign
 from safegene.training.shadows import BASE, shadow_rows, teach_shadows, variant
-from safegene.training.targets import Targets, collate
+from safegene.training.targets import TARGET_FRAMES, Targets, collate
+
+HARMLESS_WEIGHT = 0.7
+"""Weight of the harmless rows' divergence beside the harmful rows' cross-entropy."""
 
 
 class OpenGate(nn.Module):
-    """The frozen base with the interventions in place and the gate given, not read: gradients reach them alone.
+    """The frozen base, or one of its shadows, with interventions and gate in place. Gradients reach the interventions alone.
 
+    Where a row says so the gate's value is given, not read: a misfire and a late opening have to be seen to be trained.
     The base is kept out of the module tree: checkpoints hold the adapter only.
     """
 
-    def __init__(self, base: Any, adapter: SafetyAdapter, shadows: Sequence[str], seed: int) -> None:
+    def __init__(
+        self, base: Any, adapter: SafetyAdapter, calibrations: dict[str, Calibration], arguments: TrainingArguments
+    ) -> None:
         super().__init__()
         self.interventions = adapter.interventions
-        self._base = [base]
-        self._shadows = (BASE, *shadows)
-        self._rng = random.Random(seed)
-        self._g: Tensor | None = None
-        self._strength = 1.0
+        self._base, self._layers = [base], len(adapter.config.gate_layers)
+        self._calibrations = calibrations
+        self._gates = {name: fold_gate(adapter, calibration) for name, calibration in calibrations.items()}
+        self._rng = random.Random(arguments.seed)
+        self._given: Tensor | None = None
+        self._variant, self._strength = BASE, 1.0
+        self._inner: Tensor | None = None
+        self._g = torch.empty(0)
         stack = models.decoder_layers(base)
-        for layer in adapter.config.intervention_layers:
-            stack[layer].register_forward_hook(self._hook(str(layer)))
+        for index, layer in enumerate(adapter.config.gate_layers):
+            stack[layer].register_forward_hook(self._gate_hook(index))
+        for index, layer in enumerate(adapter.config.intervention_layers, self._layers):
+            stack[layer].register_forward_hook(self._hook(str(layer), index))
 
-    def _hook(self, name: str) -> Any:
+    def _gate_hook(self, index: int) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            if self._given is None:
+                return
+            gate = self._gates[self._variant]
+            hidden = output[0] if isinstance(output, tuple) else output
+            self._inner = gate.partial(hidden, index, self._inner if index else None)
+            if index == self._layers - 1:
+                self._g = torch.where(self._given < 0, open_hard(gate.opening(self._inner)), self._given)
+
+        return hook
+
+    def _hook(self, name: str, index: int) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-            if self._g is None:
+            if self._given is None:
                 return None
             hidden = output[0] if isinstance(output, tuple) else output
-            changed = self.interventions[name](hidden, self._g, self._strength)
+            part: Any = self.interventions[name]
+            calibration = self._calibrations[self._variant]
+            weights = part.correction(calibration.shift[index], calibration.scale[index], self._strength)
+            changed = intervene(hidden, self._g, weights)
             return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
         return hook
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, opened: Tensor) -> dict[str, Tensor]:
-        """Cross-entropy of the targets with the gate open where `opened` is 1; [rows, positions] each."""
+    def _hidden(self, input_ids: Tensor, attention_mask: Tensor, start: int, given: Tensor | None) -> Tensor:
+        """Last hidden states from position `start` on, [rows, positions − start, d]; without `given`, unadapted."""
+        base = self._base[0]
+        # Every chat begins with the template's same tokens: they are read once, and no gradient reaches them.
+        with torch.no_grad():
+            cache = base(input_ids=input_ids[:1, :start], use_cache=True, logits_to_keep=1).past_key_values
+        cache.batch_repeat_interleave(len(input_ids))
+        self._given = given
+        try:
+            found: Tensor = (
+                models.unwrap(base)
+                .get_decoder()(input_ids=input_ids[:, start:], attention_mask=attention_mask, past_key_values=cache)
+                .last_hidden_state
+            )
+        finally:
+            self._given = None
+        return found[:, :-1]
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, opened: Tensor, harmful: Tensor
+    ) -> dict[str, Tensor]:
+        """Harmful rows: cross-entropy of the refusal. Harmless rows: KL divergence from the same model without adapter, so
+        that a misfire leads a fine-tune to its own answer and not to the base's.
+
+        Args:
+            labels: tokens of the answer, −100 elsewhere, [rows, positions].
+            opened: 1 gate open, 0 shut, −1 as it reads, [rows, positions].
+            harmful: [rows], bool.
+        """
         base, start = self._base[0], common_prefix(input_ids, opened)
+        self._variant = self._rng.choice(list(self._calibrations))
         self._strength = self._rng.uniform(0.7, 1.5) if self.training else 1.0
+        head = models.unwrap(base).get_output_embeddings()
         keep = labels[:, start + 1 :] != -100
-        with variant(base, self._rng.choice(self._shadows)):
-            # Every chat begins with the template's same tokens: they are read once, and no gradient reaches them.
-            with torch.no_grad():
-                cache = base(input_ids=input_ids[:1, :start], use_cache=True, logits_to_keep=1).past_key_values
-            cache.batch_repeat_interleave(len(input_ids))
-            self._g = opened[:, start:, None].float()
-            try:
-                decoder = models.unwrap(base).get_decoder()
-                hidden = decoder(
-                    input_ids=input_ids[:, start:], attention_mask=attention_mask, past_key_values=cache
-                ).last_hidden_state
-            finally:
-                self._g = None
-            logits = models.unwrap(base).get_output_embeddings()(hidden[:, :-1][keep])
-        each = F.cross_entropy(logits.float(), labels[:, start + 1 :][keep], reduction="none")
-        first = (labels[:, start:-1] == -100)[keep]  # the first token settles whether the answer refuses
-        return {"loss": each.mean() + each[first].mean()}
+        first = keep & (labels[:, start:-1] == -100)  # the first token settles whether the answer refuses
+        with variant(base, self._variant):
+            hidden = self._hidden(input_ids, attention_mask, start, opened[:, start:, None].float())
+            loss = torch.zeros((), device=hidden.device)
+            if bool(harmful.any()):
+                at = keep & harmful[:, None]
+                each = F.cross_entropy(head(hidden[at]).float(), labels[:, start + 1 :][at], reduction="none")
+                loss = loss + each.mean() + each[first[at]].mean()
+            if not bool(harmful.all()):
+                rest = ~harmful
+                with torch.no_grad():
+                    own = self._hidden(input_ids[rest], attention_mask[rest], start, None)[keep[rest]]
+                    wanted = head(own).float().log_softmax(-1)
+                at = keep & rest[:, None]
+                got = head(hidden[at]).float().log_softmax(-1)
+                apart = F.kl_div(got, wanted, log_target=True, reduction="none").sum(-1)
+                loss = loss + HARMLESS_WEIGHT * (apart.mean() + apart[first[at]].mean())
+        return {"loss": loss}
 
 
 def common_prefix(input_ids: Tensor, opened: Tensor) -> int:
@@ -143,9 +209,11 @@ def train(
     rows = gate_rows(tokenizer, pairs, ordinary, dict(harmless), rng)
     dev = make_anchors([p.harmful for p in held_out], [p.twin for p in held_out], unseen)
     _fit_gate(adapter, model, tokenizer, rows, dev, tuple(taught), arguments, out, progress)
-    _train_interventions(
-        adapter, model, Targets(tokenizer, pairs, harmless, arguments), tuple(taught), arguments, out, progress
-    )
+    anchored = {c.core for c in chosen}
+    more = data.pairs(arguments.seed + 1, TARGET_FRAMES, arguments.held_out)[0]
+    targets = Targets(tokenizer, pairs + [p for p in more if p.core not in anchored], harmless, arguments)
+    probe_rows = gate_rows(tokenizer, pairs, targets.ordinary, {}, None)
+    _train_interventions(adapter, model, targets, probe_rows, tuple(taught), arguments, out, progress)
     counts = {"pairs": len(pairs), "ordinary": len(ordinary), "refusals": sum(map(len, data.refusals().values()))}
     report = json.loads((out / "gate.json").read_text(encoding="utf-8"))
     adapter.save_pretrained(out, card=model_card(adapter, report, counts, len(taught)))
@@ -191,13 +259,15 @@ def _fit_gate(
     for name in (BASE, *shadows):
         some = rows if name == BASE else random.Random(name).sample(list(rows), len(rows) // 3)
         with variant(model, name):
-            features = read_anchors(model, layers, tokenizer, anchors)
+            features = read_anchors(model, adapter.config.read_layers, tokenizer, anchors)
             if name == BASE:
                 base_features = features
                 adapter.anchor_mean, adapter.anchor_std = feature_statistics(features)
             advance = progress(f"the gate's features on {name or 'the base'}", len(some))
             found = read(model, layers, some, out / f"features-{name or 'base'}.safetensors", tokenizer, advance)
-        sets.append((realign(found, features, (adapter.anchor_mean, adapter.anchor_std)), some))
+        k = len(layers)
+        features = [f[:k] for f in features]
+        sets.append((realign(found, features, (adapter.anchor_mean[:k], adapter.anchor_std[:k])), some))
     advance = progress("fitting the gate", arguments.gate_steps)
     fit(
         adapter.gate, sets, steps=arguments.gate_steps, seed=arguments.seed, twin_weight=arguments.twin_weight,
@@ -207,7 +277,7 @@ def _fit_gate(
     zero, one = torch.zeros_like(adapter.anchor_mean), torch.ones_like(adapter.anchor_std)
     boundary_of_base = boundary(anchor_scores(adapter, base_features, zero, one), anchors)
     with variant(model, BASE):
-        features = read_anchors(model, layers, tokenizer, dev)
+        features = read_anchors(model, adapter.config.read_layers, tokenizer, dev)
     scores = anchor_scores(adapter, features, zero, one)
     labels: tuple[AnchorLabel, ...] = ("harmful", "twin", "ordinary")
     of = {label: labelled(scores, dev, label) for label in labels}
@@ -222,8 +292,8 @@ def _fit_gate(
 
 
 def _train_interventions(
-    adapter: SafetyAdapter, model: Any, targets: Targets, shadows: Sequence[str], arguments: TrainingArguments,
-    out: Path, progress: Progress,
+    adapter: SafetyAdapter, model: Any, targets: Targets, probe_rows: Sequence[GateRow], shadows: Sequence[str],
+    arguments: TrainingArguments, out: Path, progress: Progress,
 ) -> None:  # fmt: skip
     from transformers import PrinterCallback, Trainer
     from transformers import TrainingArguments as TrainerArguments
@@ -231,10 +301,14 @@ def _train_interventions(
 
     with variant(model, BASE):
         _set_scales(model, adapter, targets.tokenizer, [p.harmful for p in targets.pairs[:16]])
-        _start_at_probes(adapter, model, targets, arguments, out, progress)
+        _start_at_probes(adapter, model, targets.tokenizer, probe_rows, arguments, out, progress)
+    calibrations = {}
+    for name in (BASE, *shadows):
+        with variant(model, name):
+            calibrations[name] = calibrate(model, adapter, targets.tokenizer)
     checkpoints = out / "checkpoints"
     trainer = Trainer(
-        model=OpenGate(model, adapter, shadows, arguments.seed),
+        model=OpenGate(model, adapter, calibrations, arguments),
         args=TrainerArguments(
             output_dir=str(checkpoints), max_steps=arguments.steps, per_device_train_batch_size=1, weight_decay=0.0,
             learning_rate=arguments.learning_rate, lr_scheduler_type="cosine", warmup_steps=10, logging_steps=10,
@@ -252,15 +326,15 @@ def _train_interventions(
 
 
 def _start_at_probes(
-    adapter: SafetyAdapter, model: Any, targets: Targets, arguments: TrainingArguments, out: Path, progress: Progress
-) -> None:
+    adapter: SafetyAdapter, model: Any, tokenizer: Any, rows: Sequence[GateRow], arguments: TrainingArguments, out: Path,
+    progress: Progress,
+) -> None:  # fmt: skip
     """Start every intervention's A, a, w and u at a probe that tells harmful requests from their twins at its layer.
 
     From a random A the interventions refused nothing after 250 steps: what tells a request from its twin is a small part of
     the residual (docs/log.md).
     """
-    config, tokenizer = adapter.config, targets.tokenizer
-    rows = gate_rows(tokenizer, targets.pairs, targets.ordinary, {}, None)
+    config = adapter.config
     advance = progress("the interventions' features on the base", len(rows))
     found = read(model, config.intervention_layers, rows, out / "features-probes.safetensors", tokenizer, advance)
     part: Any
