@@ -94,6 +94,8 @@ def test_targets_open_the_gate_after_the_users_words_and_teach_refusals_or_answe
             assert set(row["opened"][:given]) <= {-1, 0}
             assert row["labels"][0] == -100
             assert row["labels"][-1] == row["input_ids"][-1]
+        harmless = [row for row in rows if not row["harmful"][0]]
+        assert 0 < len(harmless) < len(rows)
         tensors = collate([targets[index]])
         assert tensors["input_ids"].shape == tensors["opened"].shape
 

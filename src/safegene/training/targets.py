@@ -69,8 +69,8 @@ class Targets(Dataset[dict[str, Any]]):
         pair = rng.choice(window(self.pairs, at))
         begun = data.opening(pair, self.answers.get(pair.twin, ""), rng) if self._begins(rng) else ""
         answer = data.refusal(pair, rng)
-        if begun and rng.random() < 0.5:  # an opening that was broken off: the refusal starts a paragraph of its own
-            begun, answer = begun.rstrip(" :\n"), "\n\n" + answer
+        if begun and rng.random() < 0.5:  # an opening that was broken off in mid-sentence
+            begun, answer = begun.rstrip(" :\n"), " " + answer
         return self._row(pair.harmful, answer, rng, whole, begun)
 
     def _harmless(self, rng: random.Random, at: float, whole: bool) -> dict[str, list[int]]:

@@ -41,7 +41,7 @@ from safegene.training.gate_fit import GateFeatures, GateRow, fit, gate_rows, ma
 from safegene.training.shadows import BASE, shadow_rows, teach_shadows, variant
 from safegene.training.targets import TARGET_FRAMES, Targets, collate
 
-HARMLESS_WEIGHT = 0.7
+HARMLESS_WEIGHT = 1.2
 """Weight of the harmless rows' divergence beside the harmful rows' cross-entropy."""
 
 
@@ -171,7 +171,8 @@ def train(
     pairs, held_out = data.pairs(arguments.seed, arguments.frames_per_core, arguments.held_out)
     ordinary = list(data.ordinary())
     rng.shuffle(ordinary)
-    texts = [t for p in pairs for t in (p.harmful, p.twin)] + ordinary
+    more, _ = data.pairs(arguments.seed + 1, TARGET_FRAMES, arguments.held_out)
+    texts = [t for p in pairs + more for t in (p.harmful, p.twin)] + ordinary
     if clash := contamination.overlap(texts, contamination.shipped() | contamination.digests(evaluation_prompts)):
         raise DataError(f"{len(clash)} training texts contain evaluation prompts ('{clash[0][:60]}…'); remove them.")
     record = {**dataclasses.asdict(arguments), "data": data.fingerprint(texts), "pairs": len(pairs)}
@@ -210,7 +211,6 @@ def train(
     dev = make_anchors([p.harmful for p in held_out], [p.twin for p in held_out], unseen)
     _fit_gate(adapter, model, tokenizer, rows, dev, tuple(taught), arguments, out, progress)
     anchored = {c.core for c in chosen}
-    more = data.pairs(arguments.seed + 1, TARGET_FRAMES, arguments.held_out)[0]
     targets = Targets(tokenizer, pairs + [p for p in more if p.core not in anchored], harmless, arguments)
     probe_rows = gate_rows(tokenizer, pairs, targets.ordinary, {}, None)
     _train_interventions(adapter, model, targets, probe_rows, tuple(taught), arguments, out, progress)
