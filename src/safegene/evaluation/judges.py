@@ -39,7 +39,7 @@ _ABLE = (
 )
 _DEED = (
     r"(?:help|assist|provide|support|fulfil|fulfill|answer|give|write|create|generate|engage|offer|comply|share|do that|do this|tell|"
-    r"take part|encourage|promote|condone|discuss|recommend|advise|participate|be part|respond|suggest|continue|say|make|teach|speculate)"
+    r"take part|describe|compare|encourage|promote|condone|discuss|recommend|advise|participate|be part|respond|suggest|continue|say|make|teach|speculate)"
 )
 _REFUSALS = [
     re.compile(
