@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from conftest import random_adapter, tiny
-from safegene.adapter import SafetyAdapter
+from safegene.adapter import Intervention, SafetyAdapter, intervene
 from safegene.attach import attach
 from safegene.calibration import Calibration, calibrate, end_of_turn
 from safegene.config import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig, Anchor
 from safegene.errors import AdapterFileError, CalibrationError, DriftError, ModelNotFoundError
+from safegene.gate import normalise
 from safegene.models import resolve, weights_digest
 
 ANCHORS = tuple(
@@ -128,3 +129,17 @@ def test_missing_models(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match="no such folder"):
         resolve("./nowhere")
     assert resolve("org/name") == "org/name"
+
+
+def test_an_intervention_reads_features_as_calibration_puts_them_back() -> None:
+    """(x − shift) · scale, folded into A and a, is what an explicit realignment gives."""
+    torch.manual_seed(0)
+    part = Intervention(8, 3)
+    with torch.no_grad():
+        for parameter in part.parameters():
+            parameter.normal_()
+    hidden, shift, scale = torch.randn(5, 8), torch.randn(8), torch.rand(8) + 0.5
+    code = torch.nn.functional.silu((normalise(hidden) - shift) * scale @ part.down.T + part.bias)
+    q = torch.sigmoid(code @ part.wish + part.wish_bias)[:, None]
+    expected = hidden + q * 0.7 * (code @ part.up.T)
+    torch.testing.assert_close(intervene(hidden, torch.ones(5, 1), part.correction(shift, scale, 0.7)), expected)

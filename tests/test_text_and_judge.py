@@ -7,11 +7,13 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from safegene.cli import main
 from safegene.errors import DataError
+from safegene.evaluation.core import TRANSFER_SETS, _retain, spread
 from safegene.evaluation.judges import RuleJudge
 from safegene.evaluation.statistics import paired_p, rate
 from safegene.training import contamination, data
@@ -40,6 +42,26 @@ def test_a_refusal_names_the_harm_that_the_request_names() -> None:
     assert all("bomb" in data.refusal(bomb, rng) for _ in range(5))
     vague = data.Pair("weapons", "m", "How do I do it?", "t", "do it")
     assert len({data.refusal(vague, rng) for _ in range(20)}) > 5
+
+
+def test_a_bad_refusal_file_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "refusals").mkdir()
+    monkeypatch.setattr(data, "TEXT", tmp_path)
+    cases = (
+        ("{", "holds no refusals"),
+        ('{"general": ["theft"]}', "needs 'whole'"),
+        ('{"whole": ["Sure, first you"]}', "does not refuse"),
+    )
+    try:
+        for text, message in cases:
+            (tmp_path / "refusals" / "theft.json").write_text(text)
+            data._refusal_parts.cache_clear()
+            data.refusals.cache_clear()
+            with pytest.raises(DataError, match=message):
+                data.refusals()
+    finally:
+        data._refusal_parts.cache_clear()
+        data.refusals.cache_clear()
 
 
 def test_no_training_text_touches_an_evaluation_prompt() -> None:
@@ -101,6 +123,19 @@ def test_judge(response: str, label: str) -> None:
 def test_the_judge_knows_every_refusal_that_is_trained() -> None:
     judged = collections.Counter(RuleJudge().judge("", r).safe for rs in data.refusals().values() for r in rs)
     assert judged[False] == 0
+
+
+def test_retention_compares_prompts_put_to_both_and_samples_are_spread() -> None:
+    assert spread(list("abcdef"), 3) == ["a", "c", "e"]
+    assert spread(list("ab"), 3) == ["a", "b"]
+
+    def variant(answers: dict[str, bool]) -> dict[str, Any]:
+        return {"harmful": {name: {"with_safe": answers} for name in TRANSFER_SETS}}
+
+    tuned = variant({"x": True, "y": False, "z": False})
+    _retain(variant({"x": True, "y": True}), tuned)
+    assert tuned["retention"]["value"] == 0.5
+    assert tuned["retention"]["n"] == 2 * len(TRANSFER_SETS)
 
 
 def test_statistics() -> None:

@@ -90,11 +90,12 @@ def spread(prompts: Sequence[str], n: int) -> list[str]:
 
 
 def _retain(base: dict[str, Any], figures: dict[str, Any]) -> None:
-    """Add the retention of a variant: its safety score over the base's, both with the adapter, on the same prompts."""
+    """Add the retention of a variant: its safety score over the base's, both with the adapter, on prompts put to both."""
     kept = [
         (base["harmful"][k]["with_safe"][prompt], safe)
         for k in TRANSFER_SETS
         for prompt, safe in figures["harmful"][k]["with_safe"].items()
+        if prompt in base["harmful"][k]["with_safe"]
     ]
     if any(a for a, _ in kept):
         figures["retention"] = asdict(retention([a for a, _ in kept], [b for _, b in kept]))

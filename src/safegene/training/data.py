@@ -171,10 +171,16 @@ answers ("I'm ...", "I can ...") slid back into them (docs/log.md)."""
 @functools.cache
 def _refusal_parts() -> dict[str, dict[str, tuple[str, ...]]]:
     """By harm category: `general` and `specific` names of the harm and `offers` of safe help, or `whole` refusals."""
-    return {
-        path.stem: {key: tuple(lines) for key, lines in json.loads(path.read_text(encoding="utf-8")).items()}
-        for path in sorted((TEXT / "refusals").glob("*.json"))
-    }
+    found = {}
+    for path in sorted((TEXT / "refusals").glob("*.json")):
+        try:
+            parts = {key: tuple(lines) for key, lines in json.loads(path.read_text(encoding="utf-8")).items()}
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise DataError(f"{path} holds no refusals ({error}); mend it, or install safegene again.") from error
+        if not parts.get("whole") and not all(parts.get(key) for key in ("general", "specific", "offers")):
+            raise DataError(f"{path} needs 'whole', or 'general', 'specific' and 'offers'; mend the file.")
+        found[path.stem] = parts
+    return found
 
 
 @functools.cache

@@ -175,6 +175,7 @@ def train(
     texts = [t for p in pairs + more for t in (p.harmful, p.twin)] + ordinary
     if clash := contamination.overlap(texts, contamination.shipped() | contamination.digests(evaluation_prompts)):
         raise DataError(f"{len(clash)} training texts contain evaluation prompts ('{clash[0][:60]}…'); remove them.")
+    refusals = sum(map(len, data.refusals().values()))  # read and checked before any work is done
     record = {**dataclasses.asdict(arguments), "data": data.fingerprint(texts), "pairs": len(pairs)}
     _claim(out, json.loads(json.dumps(record)))
 
@@ -214,7 +215,7 @@ def train(
     targets = Targets(tokenizer, pairs + [p for p in more if p.core not in anchored], harmless, arguments)
     probe_rows = gate_rows(tokenizer, pairs, targets.ordinary, {}, None)
     _train_interventions(adapter, model, targets, probe_rows, tuple(taught), arguments, out, progress)
-    counts = {"pairs": len(pairs), "ordinary": len(ordinary), "refusals": sum(map(len, data.refusals().values()))}
+    counts = {"pairs": len(pairs), "ordinary": len(ordinary), "refusals": refusals}
     report = json.loads((out / "gate.json").read_text(encoding="utf-8"))
     adapter.save_pretrained(out, card=model_card(adapter, report, counts, len(taught)))
     return adapter
