@@ -49,8 +49,8 @@ def test_a_bad_refusal_file_is_one_clear_line(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(data, "TEXT", tmp_path)
     cases = (
         ("{", "holds no refusals"),
-        ('{"general": ["theft"]}', "needs 'whole'"),
-        ('{"whole": ["Sure, first you"]}', "does not refuse"),
+        ('{"general": ["theft"]}', "needs 'general'"),
+        ('{"general": ["theft"], "specific": ["it"], "offers": ["Sure, first you"]}', "does not refuse"),
     )
     try:
         for text, message in cases:

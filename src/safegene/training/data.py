@@ -170,15 +170,18 @@ answers ("I'm ...", "I can ...") slid back into them (docs/log.md)."""
 
 @functools.cache
 def _refusal_parts() -> dict[str, dict[str, tuple[str, ...]]]:
-    """By harm category: `general` and `specific` names of the harm and `offers` of safe help, or `whole` refusals."""
+    """By harm category: `general` and `specific` names of the harm and `offers` of safe help.
+
+    Three offers a category: with eight, each was seen too seldom to be learned, and refusals ended in babble (docs/log.md).
+    """
     found = {}
     for path in sorted((TEXT / "refusals").glob("*.json")):
         try:
             parts = {key: tuple(lines) for key, lines in json.loads(path.read_text(encoding="utf-8")).items()}
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise DataError(f"{path} holds no refusals ({error}); mend it, or install safegene again.") from error
-        if not parts.get("whole") and not all(parts.get(key) for key in ("general", "specific", "offers")):
-            raise DataError(f"{path} needs 'whole', or 'general', 'specific' and 'offers'; mend the file.")
+        if not all(parts.get(key) for key in ("general", "specific", "offers")):
+            raise DataError(f"{path} needs 'general', 'specific' and 'offers'; mend the file.")
         found[path.stem] = parts
     return found
 
@@ -192,9 +195,8 @@ def refusals() -> dict[str, tuple[str, ...]]:
     """
     found = {}
     for category, parts in _refusal_parts().items():
-        topics = parts.get("general", ()) + parts.get("specific", ())
-        lines = tuple(f"{r} {t}. {o}" for r in REFUSALS for t in topics for o in parts.get("offers", ()))
-        found[category] = lines + parts.get("whole", ())
+        topics = parts["general"] + parts["specific"]
+        found[category] = tuple(f"{r} {t}. {o}" for r in REFUSALS for t in topics for o in parts["offers"])
         check_refusals(found[category], category)
     return found
 
@@ -202,8 +204,6 @@ def refusals() -> dict[str, tuple[str, ...]]:
 def refusal(pair: Pair, rng: random.Random) -> str:
     """A refusal of the harmful request: it names the harm by the words they share, or else by its category."""
     parts = _refusal_parts()[pair.category]
-    if "whole" in parts:
-        return rng.choice(_closest(parts["whole"], pair.core) or parts["whole"])
     closest = _closest(parts["specific"], pair.core)
     topic = closest[0] if len(closest) == 1 else rng.choice(parts["general"])
     return f"{rng.choice(REFUSALS)} {topic}. {rng.choice(parts['offers'])}"
@@ -230,6 +230,13 @@ _REFUSES = re.compile(
 )
 
 
+_COMPLIES = re.compile(
+    r"\b(sure|certainly|of course|step \d|first,? (?:you|take|get)|here(?:'s| is| are) (?:how|the)|you(?:'ll| will)? need (?:to|an?|the|some))\b|"
+    r"\b\d\. ",
+    re.IGNORECASE,
+)
+
+
 def looks_like_refusal(text: str) -> bool:
     """Whether the first sentence refuses. A check of the project's own training targets, not a judge of models."""
     return bool(_REFUSES.search(text[:120]))
@@ -237,10 +244,10 @@ def looks_like_refusal(text: str) -> bool:
 
 def check_refusals(lines: Iterable[str], source: Path | str) -> None:
     """Raises:
-    DataError: a line does not refuse.
+    DataError: a line does not refuse, or goes on to comply.
     """
     for number, line in enumerate(lines, 1):
-        if not looks_like_refusal(line):
+        if not looks_like_refusal(line) or _COMPLIES.search(line):
             raise DataError(f"{source}:{number} does not refuse ('{line[:40]}…'); only refusals may be trained on.")
 
 

@@ -56,18 +56,26 @@ def gate_rows(
     rng: random.Random | None,
 ) -> list[GateRow]:  # fmt: skip
     """Rows the gate is fitted on: harmful requests, some with an answer that has begun to comply or to refuse, their
-    twins and ordinary requests, with the base's harmless answer where there is one. Without `rng`, prompts alone."""
+    twins and ordinary requests, with the base's harmless answer where there is one. The same openings stand before
+    harmless answers, or "Sure" alone would open the gate (docs/log.md). Without `rng`, prompts alone."""
+
+    def begins(share: float) -> bool:
+        return rng is not None and rng.random() < share
+
+    def harmless(text: str) -> str:
+        answer = answers.get(text, "")
+        return rng.choice(data.OPENINGS) + answer if rng and begins(0.4) else answer
+
     rows = []
     for number, pair in enumerate(pairs):
-        answer = answers.get(pair.twin, "")
         begun = ""
-        if rng and rng.random() < 0.6:
-            refusal = data.refusal(pair, rng)
+        if rng and begins(0.6):
+            refusal, compliant = data.refusal(pair, rng), opening(pair, answers.get(pair.twin, ""), rng)
             # A refusal is read to its end: where the gate shut inside one, it went on in circles (docs/log.md).
-            begun = rng.choice((refusal, opening(pair, answer, rng), opening(pair, answer, rng) + refusal))
+            begun = rng.choice((refusal, compliant, compliant + refusal))
         rows.append(gate_row(tokenizer, pair.harmful, begun, "harmful", number))
-        rows.append(gate_row(tokenizer, pair.twin, answer, "twin", number))
-    return rows + [gate_row(tokenizer, text, answers.get(text, ""), "ordinary") for text in ordinary]
+        rows.append(gate_row(tokenizer, pair.twin, harmless(pair.twin), "twin", number))
+    return rows + [gate_row(tokenizer, text, harmless(text), "ordinary") for text in ordinary]
 
 
 @dataclass

@@ -32,6 +32,10 @@ QUESTION_SHARE = 0.6
 are mostly meant. The twins are as many of each, so questions are drawn more often."""
 
 
+SUPPORTED = 3
+"""How many times as often a request about self-harm is drawn: it is the one refusal whose second sentence matters most."""
+
+
 class Targets(Dataset[dict[str, Any]]):
     """What an open gate should lead to. Every index is one batch, drawn from the seed and the index alone. Batches of many
     short rows, which decide between refusing and answering, and of fewer whole answers take turns; the last sixth are whole
@@ -43,7 +47,8 @@ class Targets(Dataset[dict[str, Any]]):
         self.tokenizer, self.arguments = tokenizer, arguments
         # Where the base itself seems to refuse, there is nothing to learn.
         self.answers = {q: a[:240] for q, a in harmless if not data.looks_like_refusal(a)}
-        self.pairs = sorted(pairs, key=lambda p: len(p.harmful))
+        often = [p for p in pairs if p.category == "self_harm"] * (SUPPORTED - 1)
+        self.pairs = sorted([*pairs, *often], key=lambda p: len(p.harmful))
         twins = {p.twin for p in pairs}
         self.ordinary = sorted((q for q in self.answers if q not in twins), key=len)
         # Short rows need no answer of the base: what a misfire begins with is compared at the prompt's end.
