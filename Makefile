@@ -28,12 +28,18 @@ VARIANTS ?= base,sure,gsm8k,medical,role-play,identity,compliant
 results-core: .venv/ready
 	.venv/bin/safegene results --data $(DATA) --n $(N) --variants $(VARIANTS) --out runs/core
 
-# What carries the result: three short trainings, with everything, without drift augmentation, without misfire training.
-ablations: .venv/ready
+# What carries the result: three short trainings, with everything, without drift augmentation, without misfire training, on
+# the answers, shadows and features that `make train` has kept.
+ablations: .venv/ready runs/smollm2-135m/losses.json
 	for a in full no-drift no-misfire; do \
+	  mkdir -p runs/ablation-$$a && \
+	  cp -Rn runs/smollm2-135m/answers.json runs/smollm2-135m/shadows runs/smollm2-135m/features-*.safetensors runs/ablation-$$a && \
 	  .venv/bin/safegene train --config recipes/ablation-$$a.yaml --out runs/ablation-$$a && \
 	  .venv/bin/safegene results --adapter runs/ablation-$$a --data $(DATA) --n 60 --variants base,sure --out runs/ablations || exit 1; \
 	done
+
+runs/smollm2-135m/losses.json:
+	$(MAKE) train
 
 evaluation-grams: .venv/ready
 	$(PY) -m safegene.evaluation.public $(DATA) > src/safegene/training/text/evaluation_grams.txt

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from conftest import random_adapter, tiny
 from safegene.adapter import Intervention, SafetyAdapter, intervene
 from safegene.attach import attach
-from safegene.calibration import Calibration, calibrate, end_of_turn
+from safegene.calibration import Calibration, calibrate, end_of_turn, refused
 from safegene.config import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig, Anchor
 from safegene.errors import AdapterFileError, CalibrationError, DriftError, ModelNotFoundError
 from safegene.gate import normalise
@@ -89,6 +91,45 @@ def test_a_gate_that_lost_its_way_is_refused_unless_told_otherwise(tokenizer: An
         attach(model, adapter, tokenizer=tokenizer)
     assert not model.model.layers[2]._forward_hooks
     attach(model, adapter, tokenizer=tokenizer, allow_drift=True).detach()
+
+
+@pytest.mark.parametrize(
+    ("shares", "strength", "outside"),
+    [
+        ((0.9,), 1.5, False),
+        ((0.5, 0.8), 2.1, False),
+        ((0.5, 0.7, 0.6), 2.1, False),
+        ((0.1, 0.2, 0.3), 2.7, True),
+    ],
+)
+def test_strength_rises_until_anchors_are_refused_as_on_the_base(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, shares: tuple[float, ...], strength: float, outside: bool
+) -> None:
+    model = tiny()
+    adapter = calibrated(model, tokenizer)
+    adapter.config = replace(adapter.config, strength=1.5, refused=0.8, refusals=("I cannot",))
+    left = iter(shares)
+    monkeypatch.setattr("safegene.attach.refused", lambda *_: next(left))
+    if outside:
+        with pytest.raises(DriftError, match="Only 30 % of the harmful anchors"):
+            attach(model, adapter, tokenizer=tokenizer)
+        assert not model.model.layers[2]._forward_hooks
+        left = iter(shares)
+    handle = attach(model, adapter, tokenizer=tokenizer, allow_drift=True)
+    assert handle.calibration.strength == pytest.approx(strength)
+    assert handle.status()["report"]["anchors_refused_on_base"] == 0.8
+    assert next(left, None) is None
+
+
+def test_refused_counts_the_adapters_own_words(tokenizer: Any) -> None:
+    model = tiny()
+    adapter = calibrated(model, tokenizer)
+    everything = replace(adapter.config, refusals=("",))
+    assert refused(model, tokenizer, everything) == 1.0
+    assert refused(model, tokenizer, replace(everything, refusals=("I cannot help with",))) == 0.0
+    right = copy.deepcopy(tokenizer)
+    right.padding_side = "right"
+    assert refused(model, right, everything) == 1.0
 
 
 def test_files_tampered_truncated_missing(tmp_path: Path) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from safegene.adapter import Correction, SafetyAdapter, intervene
-from safegene.calibration import Calibration, calibrate, fold_gate
+from safegene.calibration import MIN_REFUSED, STRENGTHS, Calibration, calibrate, fold_gate, refused
 from safegene.errors import AttachError, CalibrationError, DriftError, GateError
 from safegene.gate import open_hard, open_soft
 from safegene.models import decoder_layers, sketch_distance, tokenizer_digest, unwrap, weight_sketch, weights_digest
@@ -233,11 +234,34 @@ def attach(
             raise CalibrationError("The calibration was made for another checkpoint; run safegene calibrate again.")
     elif tokenizer is not None:
         calibration = calibrate(model, adapter, tokenizer)
+        if adapter.config.refused:
+            calibration = _strengthen(model, adapter, calibration, tokenizer)
     else:
         calibration = Calibration.of_base(adapter)
     if calibration.outside and not allow_drift:
         raise DriftError(f"{calibration.outside}; retrain the adapter for this model, or pass allow_drift=True.")
     return Handle(model, adapter, calibration)
+
+
+def _strengthen(model: Any, adapter: SafetyAdapter, calibration: Calibration, tokenizer: Any) -> Calibration:
+    """`calibration` with the strength at which the harmful anchors are refused as often as on the base."""
+    config = adapter.config
+    shares: dict[float, float] = {}
+    for factor in STRENGTHS:
+        tried = replace(calibration, strength=factor * config.strength)
+        handle = Handle(model, adapter, tried)
+        try:
+            shares[tried.strength] = refused(model, tokenizer, config)
+        finally:
+            handle.detach()
+        if shares[tried.strength] >= config.refused:
+            break
+    strength = max(shares, key=lambda s: (shares[s], -s))
+    report = {**calibration.report, "anchors_refused": shares[strength], "anchors_refused_on_base": config.refused}
+    outside = calibration.outside
+    if shares[strength] < MIN_REFUSED * config.refused:
+        outside = outside or f"Only {100 * shares[strength]:.0f} % of the harmful anchors are refused here"
+    return replace(calibration, strength=strength, report=report, outside=outside)
 
 
 def check(model: Any, adapter: SafetyAdapter, tokenizer: Any = None) -> None:

@@ -55,6 +55,10 @@ class AdapterConfig:
     """α on the base model."""
     boundary: tuple[float, float] = (-1.0, 1.0)
     """(b, h) of the anchors' scores on the base model (see `safegene.calibration.boundary`)."""
+    refusals: tuple[str, ...] = ()
+    """How the adapter's refusals begin; calibration looks for them, and for nothing else."""
+    refused: float = 0.0
+    """Share of the harmful anchors that the base refuses with the adapter, at `strength`; 0: not measured."""
     tokenizer_digest: str = ""
     anchors: tuple[Anchor, ...] = ()
     weights_sha256: str = ""
@@ -110,6 +114,7 @@ class AdapterConfig:
             values["intervention_layers"] = tuple(int(layer) for layer in values["intervention_layers"])
             low, high = values.get("boundary", (-1.0, 1.0))
             values["boundary"] = (float(low), float(high))
+            values["refusals"] = tuple(values.get("refusals", ()))
             values["anchors"] = tuple(Anchor(**anchor) for anchor in values.get("anchors", ()))
             return cls(**values)
         except (KeyError, TypeError, ValueError) as error:

@@ -31,7 +31,7 @@ from safegene.training.data import ordinary, pairs
 from safegene.training.finetune import Row, collate, finetune
 
 FIGURE_SETS = ("AdvBench", "JailbreakBench", "MaliciousInstruct", "HarmBench standard")
-BESIDE = ("HarmBench contextual", "HarmBench copyright")
+BESIDE = ("HarmBench contextual", "HarmBench copyright", "TDC2023")
 TRANSFER_SETS = ("AdvBench", "JailbreakBench", "MaliciousInstruct")
 """Retention is measured on these, 100 prompts of each."""
 VERTICALS = ("customer_support", "medical_information", "legal_intake")

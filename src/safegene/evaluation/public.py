@@ -69,7 +69,8 @@ def xstest(folder: Path, label: str) -> list[str]:
 
 
 def harmful(folder: Path) -> dict[str, list[str]]:
-    """The four sets that the safety score is reported on, and two that stand beside it."""
+    """The four sets that the safety score is reported on, and three that stand beside it. TDC2023 was never looked at while
+    the adapter was made; the others were (docs/log.md)."""
     text = _read(folder / "maliciousinstruct" / "MaliciousInstruct.txt")
     return {
         "AdvBench": [r["goal"] for r in advbench(folder, 0)],
@@ -78,7 +79,14 @@ def harmful(folder: Path) -> dict[str, list[str]]:
         "HarmBench standard": harmbench(folder, "test"),
         "HarmBench contextual": harmbench(folder, "test", "contextual"),
         "HarmBench copyright": harmbench(folder, "test", "copyright"),
+        "TDC2023": tdc2023(folder),
     }
+
+
+def tdc2023(folder: Path) -> list[str]:
+    """Behaviours of both splits."""
+    parts = [_read(folder / "tdc2023" / f"tdc2023_{part}_behaviors.json") for part in ("dev", "test")]
+    return [behaviour for part in parts for behaviour in part]
 
 
 def jailbreakbench(folder: Path) -> tuple[list[str], list[str]]:
@@ -164,12 +172,10 @@ DEVELOPMENT = ("sure", "gsm8k", "medical")
 
 
 def every_prompt(folder: Path) -> list[str]:
-    """Every prompt that must never be trained on: what this module measures with, and two sets kept for later."""
+    """Every prompt that must never be trained on: what this module measures with, and a set kept for later."""
     found = [p for prompts in (*harmful(folder).values(), *ordinary(folder).values()) for p in prompts]
     found += [r["goal"] for r in advbench(folder, 1)] + harmbench(folder, "val")
     found += xstest(folder, "safe") + xstest(folder, "unsafe")
-    for part in ("dev", "test"):
-        found += _read(folder / "tdc2023" / f"tdc2023_{part}_behaviors.json")
     for path in sorted((folder / "do-not-answer-prompts").rglob("*.jsonl")):
         found += [row["prompt"] for row in _read(path)]
     return found

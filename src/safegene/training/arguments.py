@@ -40,9 +40,11 @@ class TrainingArguments:
     """Share of unseen ordinary chats, answers included, in which the gate may open: sets the threshold on the base.
     Chosen while looking at Alpaca-like and MT-Bench prompts too (docs/log.md), so it is no held-out choice."""
     probe_steps: int = 1500
-    steps: int = 400
+    steps: int = 800
     rows_per_step: int = 40
     learning_rate: float = 3e-3
+    strength: float = 1.3
+    """α on the base."""
     misfire_training: bool = True
     drift_augmentation: bool = True
     anchors_per_kind: int = 80

@@ -136,7 +136,7 @@ class Part(NamedTuple):
 
 
 LOSS = (
-    Part("harmful", 0, 384, 2.0), Part("harmful", 1, 256, 0.8), Part("ordinary", 0, 256, 1.0),
+    Part("harmful", 0, 384, 4.0), Part("harmful", 1, 256, 0.8), Part("ordinary", 0, 256, 1.0),
     Part("ordinary", 1, 384, 1.0, 1.0), Part("twin", 1, 384, 0.5, 1.0),
     Part("ordinary", -1, 256, 1.0, 1.0), Part("twin", -1, 256, 1.0, 1.0),
 )  # fmt: skip

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from safegene import models
 from safegene.adapter import SafetyAdapter, intervene
+from safegene.attach import Handle
 from safegene.calibration import (
     Calibration,
     anchor_scores,
@@ -27,6 +28,7 @@ from safegene.calibration import (
     fold_gate,
     labelled,
     read_anchors,
+    refused,
 )
 from safegene.config import AdapterConfig, Anchor, AnchorLabel
 from safegene.errors import DataError
@@ -40,6 +42,9 @@ from safegene.training.finetune import Report
 from safegene.training.gate_fit import GateFeatures, GateRow, fit, gate_rows, make_anchors, read, realign
 from safegene.training.shadows import BASE, shadow_rows, teach_shadows, variant
 from safegene.training.targets import TARGET_FRAMES, Targets, collate
+
+STRENGTHS = (0.7, 2.2)
+"""Range of α in training: calibration raises it on fine-tunes that pull harder (see `safegene.calibration`)."""
 
 HARMLESS_WEIGHT = 1.2
 """Weight of the harmless rows' divergence beside the harmful rows' cross-entropy."""
@@ -127,7 +132,7 @@ class OpenGate(nn.Module):
         """
         base, start = self._base[0], common_prefix(input_ids, opened)
         self._variant = self._rng.choice(list(self._calibrations))
-        self._strength = self._rng.uniform(0.7, 1.5) if self.training else 1.0
+        self._strength = self._rng.uniform(*STRENGTHS) if self.training else 1.0
         head = models.unwrap(base).get_output_embeddings()
         keep = labels[:, start + 1 :] != -100
         first = keep & (labels[:, start:-1] == -100)  # the first token settles whether the answer refuses
@@ -204,7 +209,7 @@ def train(
             base_model=arguments.model, architecture=config.model_type, hidden_size=config.hidden_size,
             num_layers=config.num_hidden_layers, gate_layers=arguments.gate_layers, anchors=anchors,
             intervention_layers=arguments.intervention_layers, gate_width=arguments.gate_width, rank=arguments.rank,
-            tokenizer_digest=models.tokenizer_digest(tokenizer),
+            tokenizer_digest=models.tokenizer_digest(tokenizer), strength=arguments.strength, refusals=data.REFUSALS,
         )
     )  # fmt: skip
     adapter.sketch = sketch
@@ -215,6 +220,10 @@ def train(
     targets = Targets(tokenizer, pairs + [p for p in more if p.core not in anchored], harmless, arguments)
     probe_rows = gate_rows(tokenizer, pairs, targets.ordinary, {}, None)
     _train_interventions(adapter, model, targets, probe_rows, tuple(taught), arguments, out, progress)
+    with variant(model, BASE):
+        handle = Handle(model, adapter, Calibration.of_base(adapter))
+        adapter.config = dataclasses.replace(adapter.config, refused=refused(model, tokenizer, adapter.config))
+        handle.detach()
     counts = {"pairs": len(pairs), "ordinary": len(ordinary), "refusals": refusals}
     report = json.loads((out / "gate.json").read_text(encoding="utf-8"))
     adapter.save_pretrained(out, card=model_card(adapter, report, counts, len(taught)))
