@@ -27,7 +27,7 @@ class _Pass(threading.local):
 
     inner: Tensor | None = None
     g: Tensor | None = None
-    shut: bool = False
+    at: Tensor | None = None
     failed: Tensor | None = None
 
 
@@ -89,8 +89,12 @@ class Handle:
             opening = self._gate.opening(inner)
             self._pass.failed = opening.sum()  # NaN if any score is; looked at once, after the pass
             self._pass.g = g = self._open(opening)
-            # On the CPU one look is cheaper than adding nothing at every layer; elsewhere it would wait for the device.
-            self._pass.shut = g.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(g.any())
+            # On the CPU one look at where it is open is cheaper than adding nothing there at every layer; elsewhere it would
+            # wait for the device. None: everywhere.
+            self._pass.at = None
+            if g.device.type == "cpu" and not torch.compiler.is_compiling():
+                at = g[..., 0] > 0
+                self._pass.at = None if bool(at.all()) else at.nonzero(as_tuple=False)
             if self.record is not None:
                 self.record.append(opening.detach()[..., 0].cpu())
 
@@ -105,10 +109,15 @@ class Handle:
             g = self._pass.g
             if g is None:
                 raise GateError("The gate was not read in this pass; run the whole model, in one thread a pass.")
-            if self._pass.shut:
+            at = self._pass.at
+            if at is not None and not len(at):
                 return None
             hidden = output[0] if isinstance(output, tuple) else output
-            changed = intervene(hidden, g.to(hidden.device), weights)
+            if at is None:
+                changed = intervene(hidden, g.to(hidden.device), weights)
+            else:
+                where = tuple(at.unbind(1))
+                changed = hidden.index_put(where, intervene(hidden[where], g[where], weights))
             return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
         return hook

@@ -172,7 +172,8 @@ answers ("I'm ...", "I can ...") slid back into them (docs/log.md)."""
 def _refusal_parts() -> dict[str, dict[str, tuple[str, ...]]]:
     """By harm category: `general` and `specific` names of the harm and `offers` of safe help.
 
-    Three offers a category: with eight, each was seen too seldom to be learned, and refusals ended in babble (docs/log.md).
+    Few offers, one of them shared by many categories: with eight a category, each was seen too seldom to be learned by a
+    small model, and refusals ended in babble or in help that fits another harm (docs/log.md).
     """
     found = {}
     for path in sorted((TEXT / "refusals").glob("*.json")):

@@ -32,7 +32,7 @@ QUESTION_SHARE = 0.6
 are mostly meant. The twins are as many of each, so questions are drawn more often."""
 
 
-SUPPORTED = 3
+SUPPORTED = 8
 """How many times as often a request about self-harm is drawn: it is the one refusal whose second sentence matters most."""
 
 
