@@ -97,9 +97,10 @@ def test_a_gate_that_lost_its_way_is_refused_unless_told_otherwise(tokenizer: An
     ("shares", "strength", "outside"),
     [
         ((0.9,), 1.5, False),
+        ((0.77,), 1.5, False),
         ((0.5, 0.8), 2.1, False),
-        ((0.5, 0.7, 0.6), 2.1, False),
-        ((0.1, 0.2, 0.3), 2.7, True),
+        ((0.7, 0.6), 1.5, False),
+        ((0.2, 0.3), 2.1, True),
     ],
 )
 def test_strength_rises_until_anchors_are_refused_as_on_the_base(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from safegene.adapter import Correction, SafetyAdapter, intervene
-from safegene.calibration import MIN_REFUSED, STRENGTHS, Calibration, calibrate, fold_gate, refused
+from safegene.calibration import ENOUGH, MIN_REFUSED, STRENGTHS, Calibration, calibrate, fold_gate, refused
 from safegene.errors import AttachError, CalibrationError, DriftError, GateError
 from safegene.gate import open_hard, open_soft
 from safegene.models import decoder_layers, sketch_distance, tokenizer_digest, unwrap, weight_sketch, weights_digest
@@ -263,7 +263,7 @@ def _strengthen(model: Any, adapter: SafetyAdapter, calibration: Calibration, to
             shares[tried.strength] = refused(model, tokenizer, config)
         finally:
             handle.detach()
-        if shares[tried.strength] >= config.refused:
+        if shares[tried.strength] >= ENOUGH * config.refused:
             break
     strength = max(shares, key=lambda s: (shares[s], -s))
     report = {**calibration.report, "anchors_refused": shares[strength], "anchors_refused_on_base": config.refused}

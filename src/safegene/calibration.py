@@ -10,7 +10,7 @@ where b is the upper end of the ordinary anchors' scores, answers included (90 %
 harmful ones' (10 % quantile): the threshold moves with the middle of the two.
 
     strength    α = the smallest of α_base × STRENGTHS at which half of the harmful anchors, answered for a few tokens, are
-                refused as often as on the base
+                refused as often as on the base, or nearly (ENOUGH)
 
 A fine-tune that was taught to begin with "Sure!" pulls harder than the base; the same α left it half refused (docs/log.md).
 """
@@ -38,8 +38,11 @@ MIN_SEPARATION = 0.80
 """Anchor AUC under which the gate can no longer tell harmful from harmless: the model is outside its training."""
 
 
-STRENGTHS = (1.0, 1.4, 1.8)
-"""Factors tried on the base's strength; beyond twice what training saw, refusals fall apart."""
+STRENGTHS = (1.0, 1.4)
+"""Factors tried on the base's strength; at 1.8 more anchors were refused nowhere, and refusals lost their subject."""
+
+ENOUGH = 0.95
+"""Share of the base's refusals on the anchors at which a strength is enough: two anchors of forty are noise."""
 
 REFUSAL_TOKENS = 8
 """Enough for "Sure! I cannot help with"."""
