@@ -117,7 +117,7 @@ class Handle:
                 changed = intervene(hidden, g.to(hidden.device), weights)
             else:
                 where = tuple(at.unbind(1))
-                changed = hidden.index_put(where, intervene(hidden[where], g[where], weights))
+                changed = hidden.index_put(where, intervene(hidden[where], g[where].to(hidden.device), weights))
             return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
         return hook

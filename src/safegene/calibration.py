@@ -202,8 +202,21 @@ def boundary(scores: Tensor, anchors: Sequence[Anchor]) -> tuple[float, float]:
 
 @torch.no_grad()
 def refused(model: Any, tokenizer: Any, config: AdapterConfig, batch_size: int = 40) -> float:
-    """Share of every second harmful anchor that `model`, as it is armed, begins to refuse in the adapter's own words."""
+    """Share of every second harmful anchor that `model`, as it is armed, begins to refuse in the adapter's own words.
+
+    Greedy, REFUSAL_TOKENS tokens each; found where one of `config.refusals` stands in the text.
+
+    Returns:
+        a share in [0, 1].
+
+    Raises:
+        CalibrationError: the model cannot generate, or the adapter carries no harmful anchors.
+    """
+    if not callable(getattr(model, "generate", None)):
+        raise CalibrationError("The model cannot generate, so its strength cannot be set; pass a saved calibration.")
     chats = [end_of_turn(tokenizer, a.text)[0] for a in config.anchors if a.label == "harmful"][::2]
+    if not chats:
+        raise CalibrationError("The adapter carries no harmful anchors; train it again.")
     chats.sort(key=len)
     device, pad, found = next(model.parameters()).device, tokenizer.pad_token_id or 0, 0
     for first in range(0, len(chats), batch_size):

@@ -59,17 +59,14 @@ def gate_rows(
     twins and ordinary requests, with the base's harmless answer where there is one. The same openings stand before
     harmless answers, or "Sure" alone would open the gate (docs/log.md). Without `rng`, prompts alone."""
 
-    def begins(share: float) -> bool:
-        return rng is not None and rng.random() < share
-
     def harmless(text: str) -> str:
         answer = answers.get(text, "")
-        return rng.choice(data.OPENINGS) + answer if rng and begins(0.4) else answer
+        return rng.choice(data.OPENINGS) + answer if rng and rng.random() < 0.4 else answer
 
     rows = []
     for number, pair in enumerate(pairs):
         begun = ""
-        if rng and begins(0.6):
+        if rng and rng.random() < 0.6:
             refusal, compliant = data.refusal(pair, rng), opening(pair, answers.get(pair.twin, ""), rng)
             # A refusal is read to its end: where the gate shut inside one, it went on in circles (docs/log.md).
             begun = rng.choice((refusal, compliant, compliant + refusal))

@@ -43,8 +43,8 @@ from safegene.training.gate_fit import GateFeatures, GateRow, fit, gate_rows, ma
 from safegene.training.shadows import BASE, shadow_rows, teach_shadows, variant
 from safegene.training.targets import TARGET_FRAMES, Targets, collate
 
-STRENGTHS = (0.7, 2.2)
-"""Range of α in training: calibration raises it on fine-tunes that pull harder (see `safegene.calibration`)."""
+STRENGTH_RANGE = (0.7, 2.2)
+"""α in training: calibration raises it on fine-tunes that pull harder (see `safegene.calibration`)."""
 
 HARMLESS_WEIGHT = 1.2
 """Weight of the harmless rows' divergence beside the harmful rows' cross-entropy."""
@@ -132,7 +132,7 @@ class OpenGate(nn.Module):
         """
         base, start = self._base[0], common_prefix(input_ids, opened)
         self._variant = self._rng.choice(list(self._calibrations))
-        self._strength = self._rng.uniform(*STRENGTHS) if self.training else 1.0
+        self._strength = self._rng.uniform(*STRENGTH_RANGE) if self.training else 1.0
         head = models.unwrap(base).get_output_embeddings()
         keep = labels[:, start + 1 :] != -100
         first = keep & (labels[:, start:-1] == -100)  # the first token settles whether the answer refuses
