@@ -92,6 +92,20 @@ def test_intervention_touches_only_open_positions(seed: int, g: float, dtype: to
     assert out.dtype == dtype
 
 
+def test_touching_open_positions_only_gives_what_touching_all_gives(
+    ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny()
+    handle = attach(model, random_adapter(model, threshold=0.0))
+    with handle.recording() as record:
+        some = logits(model, ids)
+    open_at = record[0] > 0
+    assert open_at.any()
+    assert not open_at.all()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # then every position is touched
+    torch.testing.assert_close(some, logits(model, ids), atol=1e-5, rtol=1e-4)
+
+
 def test_two_threads(ids: torch.Tensor) -> None:
     model = tiny()
     attach(model, random_adapter(model, threshold=0.0))

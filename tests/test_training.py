@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safegene.attach import attach
 from safegene.errors import DataError
 from safegene.training import contamination, data
 from safegene.training.arguments import TrainingArguments
+from safegene.training.gate_fit import gate_rows, read
 from safegene.training.targets import Targets, collate
 from safegene.training.trainer import common_prefix, train
 
@@ -106,3 +108,24 @@ def test_common_prefix_stops_before_the_first_difference_or_open_gate() -> None:
     assert common_prefix(ids, shut) == 2
     assert common_prefix(ids, torch.tensor([[0, 1, 1, 1], [0, 0, 0, 1]])) == 1
     assert common_prefix(ids[:1], shut[:1]) == 3
+
+
+def test_openings_stand_before_harmful_and_harmless_answers_alike(tokenizer: Any) -> None:
+    pairs = data.pairs(0, 1, 0.0)[0][:200]
+    rows = gate_rows(tokenizer, pairs, ["Say hello"], {p.twin: "An answer." for p in pairs}, random.Random(0))
+    for label in ("harmful", "twin"):
+        answers = [tokenizer.decode(r.ids[r.prompt_end + 1 :]) for r in rows if r.label == label]
+        share = sum(a.startswith(data.OPENINGS) for a in answers) / len(answers)
+        assert 0.15 < share < 0.6, (label, share)
+    bare = gate_rows(tokenizer, pairs, [], {}, None)
+    assert all(len(r.ids) == r.prompt_end + 1 for r in bare)
+
+
+def test_features_of_other_rows_are_not_taken_for_these(tokenizer: Any, tmp_path: Path) -> None:
+    pairs, kept = data.pairs(0, 1, 0.0)[0], tmp_path / "features.safetensors"
+    rows = gate_rows(tokenizer, pairs[:2], [], {}, None)
+    found = read(tiny(), (1, 2), rows, kept, tokenizer, lambda n: None)
+    again = read(tiny(), (1, 2), rows, kept, tokenizer, lambda n: None)
+    assert torch.equal(found.x, again.x)
+    with pytest.raises(DataError, match="features of other text"):
+        read(tiny(), (1, 2), gate_rows(tokenizer, pairs[2:4], [], {}, None), kept, tokenizer, lambda n: None)

