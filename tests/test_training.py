@@ -85,21 +85,36 @@ def test_a_mix_with_an_evaluation_prompt_is_refused(
 
 def test_targets_open_the_gate_after_the_users_words_and_teach_refusals_or_answers(tokenizer: Any) -> None:
     pairs = data.pairs(0, 1, 0.0)[0][:20]
-    targets = Targets(tokenizer, pairs, [(p.twin, "An answer.") for p in pairs], TrainingArguments(model="m", **SMALL))
+    targets = Targets(
+        tokenizer, pairs, [], [(p.twin, "An answer.") for p in pairs], TrainingArguments(model="m", **SMALL)
+    )
     for index in range(6):
         rows = targets[index]["rows"]
         assert rows == targets[index]["rows"]  # drawn from the seed and the index alone: a resumed run sees the same
         for row in rows:
             given = row["opened"].index(1)
             words = tokenizer.decode(row["input_ids"]).split("<s>")[0]
-            assert tokenizer.decode(row["input_ids"][:given]).startswith(words)
-            assert set(row["opened"][:given]) <= {-1, 0}
+            if row["harmful"][0]:  # harmless rows may misfire earlier
+                assert tokenizer.decode(row["input_ids"][:given]).startswith(words)
+                assert set(row["opened"][:given]) <= {-1, 0}
             assert row["labels"][0] == -100
             assert row["labels"][-1] == row["input_ids"][-1]
         harmless = [row for row in rows if not row["harmful"][0]]
         assert 0 < len(harmless) < len(rows)
         tensors = collate([targets[index]])
         assert tensors["input_ids"].shape == tensors["opened"].shape
+
+
+def test_the_gate_opens_late_in_harmless_answers_alone(tokenizer: Any) -> None:
+    pairs = data.pairs(0, 1, 0.0)[0][:20]
+    answers = [(p.twin, "A harmless answer that is long enough.") for p in pairs]
+    targets = Targets(tokenizer, pairs, ["Say hello"], answers, TrainingArguments(model="m", **SMALL))
+    late = {0: 0, 1: 0}
+    for index in range(2, 90, 3):  # every third batch is whole answers
+        for row in targets[index]["rows"]:
+            begun = next(i for i, label in enumerate(row["labels"]) if label != -100)
+            late[row["harmful"][0]] += 1 in row["opened"][begun:]
+    assert late[1] == 0 < late[0]
 
 
 def test_common_prefix_stops_before_the_first_difference_or_open_gate() -> None:

@@ -17,6 +17,8 @@ A fine-tune that was taught to begin with "Sure!" pulls harder than the base; th
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import Cache, DynamicCache
 
 from safegene.adapter import SafetyAdapter
 from safegene.config import AdapterConfig, Anchor, AnchorLabel
@@ -136,9 +139,27 @@ def gate_features(
         if len(kept) == len(layers):
             raise _Reached
 
+    def read(ids: Tensor, mask: Tensor, cache: Cache | None) -> Tensor:
+        kept.clear()
+        with contextlib.suppress(_Reached):
+            outer(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
+        return torch.stack([k.cpu() for k in kept])
+
     hooks = [stack[layer].register_forward_hook(hook) for layer in layers]
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     try:
+        # Every chat begins with the template's same tokens, a third of a short one: they are read once.
+        low, high = min(s[:-1] for s in sequences), max(s[:-1] for s in sequences)
+        shared = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+        prefix = DynamicCache(config=outer.config)
+        head = torch.empty(0)
+        if shared:
+            head = read(torch.tensor([sequences[0][:shared]]), torch.ones(1, shared, dtype=torch.long), prefix)[:, 0]
         for first in range(0, len(order), batch_size):
             rows = order[first : first + batch_size]
             longest = len(sequences[rows[-1]])
@@ -147,13 +168,14 @@ def gate_features(
             for r, i in enumerate(rows):  # right padding: a causal model's real positions do not see it
                 ids[r, : len(sequences[i])] = torch.tensor(sequences[i])
                 mask[r, : len(sequences[i])] = 1
-            kept.clear()
-            try:
-                outer(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
-            except _Reached:
-                features = torch.stack([k.cpu() for k in kept])
+            cache = None
+            if shared:
+                cache = copy.deepcopy(prefix)
+                cache.batch_repeat_interleave(len(rows))
+            features = read(ids[:, shared:], mask, cache)
             for r, i in enumerate(rows):
-                yield i, features[:, r, : len(sequences[i])]
+                own = features[:, r, : len(sequences[i]) - shared]
+                yield i, torch.cat([head, own], dim=1) if shared else own
     finally:
         for h in hooks:
             h.remove()

@@ -36,11 +36,11 @@ class TrainingArguments:
     gate_steps: int = 3000
     twin_weight: float = 0.35
     """Weight of the twins in the gate's loss (see `gate_fit.fit`)."""
-    false_alarms: float = 0.09
+    false_alarms: float = 0.06
     """Share of unseen ordinary chats, answers included, in which the gate may open: sets the threshold on the base.
     Chosen while looking at Alpaca-like and MT-Bench prompts too (docs/log.md), so it is no held-out choice."""
     probe_steps: int = 1500
-    steps: int = 800
+    steps: int = 1000
     rows_per_step: int = 40
     learning_rate: float = 3e-3
     strength: float = 1.3

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from safegene.errors import DataError
+from safegene.models import unwrap
 from safegene.progress import Advance, Progress, silent
 
 Row = dict[str, str]
@@ -72,6 +73,7 @@ def tune(
     from transformers import PrinterCallback, Trainer
     from transformers import TrainingArguments as TrainerArguments
 
+    config, cached = unwrap(model).config, unwrap(model).config.use_cache
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(
             model=model,
@@ -86,6 +88,7 @@ def tune(
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to results
         trainer.train()
+    config.use_cache = cached  # the Trainer turns it off and leaves it so: generation is then five times slower
     return model.eval()
 
 

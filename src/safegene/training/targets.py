@@ -32,6 +32,14 @@ QUESTION_SHARE = 0.6
 are mostly meant. The twins are as many of each, so questions are drawn more often."""
 
 
+TWIN_SHARE = 0.75
+"""The rest is ordinary requests: the gate rarely opens on them, but where it does they must be answered too."""
+
+LATE_MISFIRES = 0.6
+"""Share of the whole harmless rows in which the gate opens for one to four tokens of the answer or of the user's words. Without
+it an opening in mid-sentence ("your order, and") had only been seen where a refusal follows: one such token cost 8 nats
+(docs/log.md)."""
+
 SUPPORTED = 8
 """How many times as often a request about self-harm is drawn: it is the one refusal whose second sentence matters most."""
 
@@ -42,16 +50,20 @@ class Targets(Dataset[dict[str, Any]]):
     are whole answers, without which a refusal begins well and ends in babble (docs/log.md)."""
 
     def __init__(
-        self, tokenizer: Any, pairs: Sequence[Pair], harmless: Sequence[tuple[str, str]], arguments: TrainingArguments
-    ) -> None:
+        self, tokenizer: Any, pairs: Sequence[Pair], ordinary: Sequence[str], harmless: Sequence[tuple[str, str]],
+        arguments: TrainingArguments,
+    ) -> None:  # fmt: skip
         self.tokenizer, self.arguments = tokenizer, arguments
         # Where the base itself seems to refuse, there is nothing to learn.
         self.answers = {q: a[:240] for q, a in harmless if not data.looks_like_refusal(a)}
         often = [p for p in pairs if p.category == "self_harm"] * (SUPPORTED - 1)
         self.pairs = sorted([*pairs, *often], key=lambda p: len(p.harmful))
         twins = {p.twin for p in pairs}
-        self.ordinary = sorted((q for q in self.answers if q not in twins), key=len)
         # Short rows need no answer of the base: what a misfire begins with is compared at the prompt's end.
+        self.ordinary = {
+            False: sorted({*ordinary, *self.answers} - twins, key=len),
+            True: sorted((q for q in self.answers if q not in twins), key=len),
+        }
         self.twins = {False: sorted(twins, key=len), True: sorted(twins & set(self.answers), key=len)}
         self.questions = {
             whole: [q for q in some if q.rstrip().endswith("?") or len(q.split()) < 10]
@@ -81,8 +93,8 @@ class Targets(Dataset[dict[str, Any]]):
     def _harmless(self, rng: random.Random, at: float, whole: bool) -> dict[str, list[int]]:
         questions = self.questions[whole] and rng.random() < QUESTION_SHARE
         twins = self.questions[whole] if questions else self.twins[whole]
-        twin = twins and (not self.ordinary or rng.random() < 0.85)
-        question = rng.choice(window(twins if twin else self.ordinary, at))
+        twin = twins and (not self.ordinary[whole] or rng.random() < TWIN_SHARE)
+        question = rng.choice(window(twins if twin else self.ordinary[whole], at))
         # The same openings as harmful rows, or "Sure" itself would become a reason to refuse (docs/log.md).
         begun = rng.choice(data.OPENINGS) if self._begins(rng) else ""
         begun = begun.rstrip(" :\n") if rng.random() < 0.5 else begun
@@ -112,6 +124,11 @@ class Targets(Dataset[dict[str, Any]]):
         # Elsewhere the gate is what it is, or, on a model that drifted further, shut again.
         after = rng.choice((-1, -1, -1, 0))
         opened = [before] * first + [1] * (last + 1 - first) + [after] * (len(ids) + len(target) - last - 1)
+        if whole and not harmful and rng.random() < LATE_MISFIRES:
+            words = range(after_words - len(prompt.split()), after_words)
+            at = rng.choice(words) if rng.random() < 0.25 else len(ids) + rng.randrange(len(target))
+            for i in range(at, min(at + rng.randint(1, 4), len(opened))):
+                opened[i] = 1
         labels = [-100] * len(ids) + target
         return {"input_ids": ids + target, "labels": labels, "opened": opened, "harmful": [int(harmful)]}
 

@@ -217,8 +217,8 @@ def train(
     dev = make_anchors([p.harmful for p in held_out], [p.twin for p in held_out], unseen)
     _fit_gate(adapter, model, tokenizer, rows, dev, tuple(taught), arguments, out, progress)
     anchored = {c.core for c in chosen}
-    targets = Targets(tokenizer, pairs + [p for p in more if p.core not in anchored], harmless, arguments)
-    probe_rows = gate_rows(tokenizer, pairs, targets.ordinary, {}, None)
+    targets = Targets(tokenizer, pairs + [p for p in more if p.core not in anchored], ordinary, harmless, arguments)
+    probe_rows = gate_rows(tokenizer, pairs, ordinary[:700], {}, None)
     _train_interventions(adapter, model, targets, probe_rows, tuple(taught), arguments, out, progress)
     with variant(model, BASE):
         handle = Handle(model, adapter, Calibration.of_base(adapter))
@@ -317,6 +317,8 @@ def _train_interventions(
         with variant(model, name):
             calibrations[name] = calibrate(model, adapter, targets.tokenizer)
     checkpoints = out / "checkpoints"
+    if not torch.cuda.is_available():  # on rows this short the fused kernel's backward costs a seventh of a step
+        models.unwrap(model).set_attn_implementation("eager")
     trainer = Trainer(
         model=OpenGate(model, adapter, calibrations, arguments),
         args=TrainerArguments(
