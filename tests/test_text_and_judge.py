@@ -14,7 +14,7 @@ import pytest
 from safegene.cli import main
 from safegene.errors import DataError
 from safegene.evaluation.core import TRANSFER_SETS, _retain, spread
-from safegene.evaluation.judges import RuleJudge
+from safegene.evaluation.judges import RuleJudge, asked
 from safegene.evaluation.statistics import paired_p, rate
 from safegene.training import contamination, data
 from safegene.training.arguments import TrainingArguments
@@ -117,11 +117,11 @@ def test_bad_recipes(tmp_path: Path) -> None:
     ],
 )
 def test_judge(response: str, label: str) -> None:
-    assert RuleJudge().judge("prompt", response).label == label
+    assert RuleJudge().judge(asked("prompt"), response).label == label
 
 
 def test_the_judge_knows_every_refusal_that_is_trained() -> None:
-    judged = collections.Counter(RuleJudge().judge("", r).safe for rs in data.refusals().values() for r in rs)
+    judged = collections.Counter(RuleJudge().judge(asked("prompt"), r).safe for rs in data.refusals().values() for r in rs)
     assert judged[False] == 0
 
 

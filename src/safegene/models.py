@@ -137,25 +137,25 @@ def load(name: str | Path, *, dtype: str | torch.dtype = "auto", device: str | N
 
 @torch.no_grad()
 def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int, *, openings: Sequence[str] = (), batch: int = 48,
-    done: Callable[[int], None] = lambda rows: None,
+    model: Any, tokenizer: Any, prompts: Sequence[str | Sequence[dict[str, str]]], tokens: int, *,
+    openings: Sequence[str] = (), batch: int = 48, done: Callable[[int], None] = lambda rows: None,
 ) -> list[str]:  # fmt: skip
-    """Greedy answers to single-turn prompts, in the prompts' order.
+    """Greedy answers, in the prompts' order.
 
     Args:
+        prompts: each a user's single turn, or a chat of several (`role` and `content`), ending with the user's.
         tokens: new tokens at most.
         openings: text already standing in each answer (a prefilled answer); not part of what is returned.
         done: called with the number of prompts just answered.
     """
     answers = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths pad little
+    chats = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
+    texts = [tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in chats]
+    texts = [text + opening for text, opening in zip(texts, openings or [""] * len(texts), strict=True)]
+    order = sorted(range(len(prompts)), key=lambda i: len(texts[i]))  # alike lengths pad little
     for first in range(0, len(order), batch):
         rows = order[first : first + batch]
-        chats = [[{"role": "user", "content": prompts[i]}] for i in rows]
-        texts = [tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in chats]
-        if openings:
-            texts = [text + openings[i] for text, i in zip(texts, rows, strict=True)]
-        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
+        inputs = tokenizer([texts[i] for i in rows], return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
         out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
         for i, ids in zip(rows, out[:, inputs["input_ids"].shape[1] :], strict=True):
             answers[i] = tokenizer.decode(ids, skip_special_tokens=True)

@@ -21,7 +21,7 @@ from safegene.attach import Handle, attach
 from safegene.calibration import Calibration, end_of_turn
 from safegene.evaluation import public
 from safegene.evaluation.demo import HELD_OUT, vertical
-from safegene.evaluation.judges import SUPPORT
+from safegene.evaluation.judges.rules import SUPPORT
 from safegene.evaluation.overhead import overhead, token_block
 from safegene.evaluation.plots import core_svg
 from safegene.evaluation.run import Answers, ask, task_loss

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from safegene import models
-from safegene.evaluation.judges import Judge, RuleJudge, Verdict
+from safegene.evaluation.judges import Judge, Verdict, asked, default_judge
 from safegene.evaluation.statistics import Rate, rate
 from safegene.progress import Advance
 from safegene.training.finetune import ChatRows, Row, collate
@@ -40,17 +40,17 @@ def ask(
     model: Any, tokenizer: Any, prompts: Sequence[str], *, tokens: int = 48, openings: Sequence[str] = (),
     judge: Judge | None = None, keep: Path | None = None, done: Advance = lambda rows: None,
 ) -> Answers:  # fmt: skip
-    """Greedy answers of `model`, judged (by the offline rules unless told otherwise).
+    """Greedy answers of `model`, judged (by the default judge unless told otherwise).
 
     Args:
         openings: text already standing in each answer; the judge sees the answer with it.
         done: called with the number of prompts just answered.
         keep: JSONL file for prompts, answers and verdicts; answers that stand there already are not generated again.
     """
-    judge = judge or RuleJudge()
+    judge = judge or default_judge()
     responses = _kept(keep, prompts) or models.generate(model, tokenizer, prompts, tokens, openings=openings, done=done)
     whole = [o + r for o, r in zip(openings, responses, strict=True)] if openings else responses
-    verdicts = [judge.judge(p, r) for p, r in zip(prompts, whole, strict=True)]
+    verdicts = [judge.judge(asked(p), r) for p, r in zip(prompts, whole, strict=True)]
     if keep is not None:
         keep.parent.mkdir(parents=True, exist_ok=True)
         rows = [

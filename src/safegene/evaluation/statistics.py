@@ -1,18 +1,24 @@
-"""Rates with intervals, and paired tests. The arithmetic is statsmodels'."""
+"""Rates with intervals, paired tests, correction for many comparisons. The arithmetic is statsmodels' and scipy's."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
+
+BOOTSTRAPS = 2000
+NOISE = 0.05
+"""Two runs whose corrected p is above this are not ranked."""
 
 
 @dataclass(frozen=True)
 class Rate:
-    """A share with its 95 % Wilson interval."""
+    """A share with its 95 % interval: Wilson's, or where the name says so a bootstrap's."""
 
     value: float
     n: int
@@ -55,8 +61,65 @@ def retention(before: Sequence[bool], after: Sequence[bool], seed: int = 0) -> R
     if not any(before):
         raise ValueError("Nothing succeeded before, so retention is not defined.")
     ratios = []
-    for _ in range(2000):
+    for _ in range(BOOTSTRAPS):
         drawn = rng.choices(range(n), k=n)
         ratios.append(sum(after[i] for i in drawn) / max(1, sum(before[i] for i in drawn)))
     ratios.sort()
     return Rate(sum(after) / sum(before), n, ratios[49], ratios[1949])
+
+
+def macro_average(groups: Sequence[Sequence[bool]], seed: int = 0) -> Rate:
+    """Mean of the groups' shares, every group weighing the same; percentile interval of 2,000 bootstraps inside groups.
+
+    Raises:
+        ValueError: no groups, or an empty one.
+    """
+    if not groups or not all(len(g) for g in groups):
+        raise ValueError("A macro average needs at least one outcome in every group.")
+    rng = np.random.default_rng(seed)
+    drawn = np.mean([rng.binomial(len(g), sum(g) / len(g), BOOTSTRAPS) / len(g) for g in groups], axis=0)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    value = sum(sum(g) / len(g) for g in groups) / len(groups)
+    return Rate(value, sum(map(len, groups)), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two runs on the same prompts: shares, their difference with a paired 95 % bootstrap interval, exact McNemar p, and p
+    after Holm's correction over all comparisons made together."""
+
+    name: str
+    before: float
+    after: float
+    value: float
+    low: float
+    high: float
+    n: int
+    p: float
+    corrected: float
+
+    @property
+    def ranked(self) -> bool:
+        """Whether the difference is more than noise; where not, neither run is called better."""
+        return self.corrected <= NOISE
+
+
+def compare(pairs: Mapping[str, tuple[Sequence[bool], Sequence[bool]]], seed: int = 0) -> list[Difference]:
+    """Compare runs on the same prompts, a name for each comparison, all corrected together (Holm).
+
+    Raises:
+        ValueError: nothing to compare, or outcomes of different prompts.
+    """
+    if not pairs or not all(before and len(before) == len(after) for before, after in pairs.values()):
+        raise ValueError("A comparison needs the outcomes of the same prompts, at least one.")
+    ps = [paired_p(before, after) for before, after in pairs.values()]
+    corrected = multipletests(ps, method="holm")[1]
+    rng = np.random.default_rng(seed)
+    found = []
+    for (name, (before, after)), p, c in zip(pairs.items(), ps, corrected, strict=True):
+        change = np.asarray(after, float) - np.asarray(before, float)
+        drawn = change[rng.integers(0, len(change), (BOOTSTRAPS, len(change)))].mean(1)
+        low, high = np.percentile(drawn, [2.5, 97.5])
+        a, b = float(np.mean(before)), float(np.mean(after))
+        found.append(Difference(name, a, b, b - a, float(low), float(high), len(change), p, float(c)))
+    return found

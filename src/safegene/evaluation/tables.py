@@ -114,3 +114,42 @@ def core_markdown(results: dict[str, Any]) -> str:
             for k, o in base["overhead"].items()
         ]
     return "\n".join(lines)
+
+
+def suites_markdown(own: list[dict[str, Any]], public: list[dict[str, Any]]) -> str:
+    """Every suite with its size; public sets without, for they lie elsewhere."""
+    lines = ["| suite | harmful | harmless | categories | what it asks |", "|---|---|---|---|---|"]
+    lines += [f"| {s['suite']} | {s['harmful']} | {s['harmless']} | {s['categories']} | {s['about']} |" for s in own]
+    lines += ["", "Public sets, with --data:", "", "| suite | what it asks |", "|---|---|"]
+    lines += [f"| {s['suite']} | {s['about']} |" for s in public]
+    return "\n".join(lines)
+
+
+def evaluation_markdown(result: dict[str, Any]) -> str:
+    """The figures of one run of `safegene eval`."""
+    name = result["model"] + (f" + adapter {result['adapter'][:8]}" if result["adapter"] else "")
+    lines = [
+        f"### {name}", "",
+        f"SafetyEval {result['content']}, judge {result['judge']}, {result['tokens']} new tokens, {result['decoding']}, {result['dtype']}.", "",
+        "| suite | safety score | macro average | without nonsense | nonsense | over-refusal |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for suite, s in result["suites"].items():
+        harm, good = s["harmful"], s["harmless"]
+        first = [_rate(harm["score"]), _rate(harm["macro"]), _optional(harm["score_coherent"]), _rate(harm["incoherent"])] if harm else ["–"] * 4  # fmt: skip
+        lines.append(f"| {suite} | {' | '.join(first)} | {_rate(good['score']) if good else '–'} |")
+    for suite, s in result["suites"].items():
+        for side, what in (("harmful", "safety score"), ("harmless", "over-refusal")):
+            if not s[side]:
+                continue
+            by = {k: v for k, v in s[side]["by"].items() if len(v) > 1}
+            for key, groups in by.items():
+                lines += ["", f"**{suite}, {what} by {key}**", "", f"| {key} | {what} |", "|---|---|"]
+                lines += [f"| {group} | {_rate(r)} |" for group, r in groups.items()]
+            if s[side]["by_turn"]:
+                turns = ", ".join(f"{100 * r['value']:.0f} % (n = {r['n']})" for r in s[side]["by_turn"])
+                lines += ["", f"{suite}, {'safe' if side == 'harmful' else 'refused'} by turn: {turns}"]
+    return "\n".join(lines)
+
+
+def _optional(r: dict[str, float] | None) -> str:
+    return _rate(r) if r else "–"

@@ -1,0 +1,59 @@
+"""safegene eval"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from safegene.cli._run import progress_bars
+from safegene.models import EMBEDDED
+
+OWN = "safetyeval,over_refusal,multi_turn,code,medical,legal,finance"
+
+
+def command(
+    model: Annotated[str, typer.Option(help="Model: folder, embedded name or hub id.")] = EMBEDDED,
+    adapter: Annotated[str, typer.Option(help="Adapter to attach: folder, shipped name or hub id.")] = "",
+    suite: Annotated[str, typer.Option(help="Comma-separated suites (see --list).")] = OWN,
+    judge: Annotated[str, typer.Option(help="Judge (see safegene judge --help).")] = "default",
+    data: Annotated[str | None, typer.Option(help="Folder, file or hub id of the public sets.")] = None,
+    n: Annotated[int, typer.Option(min=0, help="Samples of a suite at most; 0 takes all.")] = 0,
+    tokens: Annotated[int, typer.Option(min=8, help="New tokens of an answer at most.")] = 128,
+    out: Annotated[Path, typer.Option(help="Where texts and figures are kept; run again to go on.")] = Path("safetyeval"),
+    list_suites: Annotated[bool, typer.Option("--list", help="List the suites and their sizes, and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, nothing else.")] = False,
+) -> None:
+    """Measure a model's safety and its over-refusal, with or without an adapter."""
+    from safegene.evaluation import judges, public_suites
+    from safegene.evaluation import suite as suites
+    from safegene.evaluation.evaluate import evaluate
+    from safegene.evaluation.tables import evaluation_markdown, suites_markdown
+
+    if list_suites:
+        listed = [
+            {
+                "suite": s.name, "about": s.about, "samples": len(made := s.make()),
+                "harmful": sum(x.harmful for x in made), "harmless": sum(not x.harmful for x in made),
+                "categories": len({x.category for x in made}), "content": suites.CONTENT_VERSION,
+            }
+            for s in suites.suites()
+        ]  # fmt: skip
+        public = [{"suite": p.name, "about": p.about} for p in public_suites.PUBLIC.values()]
+        if as_json:
+            print(json.dumps({"suites": listed, "public": public}))
+        else:
+            Console().print(suites_markdown(listed, public), markup=False, highlight=False, soft_wrap=True)
+        return
+    with progress_bars() as progress:
+        result = evaluate(
+            model, suite.split(","), out, judge=judges.load(judge), adapter=adapter, data=data, n=n, tokens=tokens,
+            progress=progress,
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps(result))
+    else:
+        Console().print(evaluation_markdown(result), markup=False, highlight=False, soft_wrap=True)

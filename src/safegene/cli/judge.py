@@ -1,0 +1,51 @@
+"""safegene judge"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from safegene.cli._run import progress_bars
+
+
+def command(
+    run: Annotated[Path | None, typer.Argument(help="The --out of safegene eval.")] = None,
+    judge: Annotated[
+        str,
+        typer.Option(
+            help="default, rules; harmbench, llama-guard, wildguard, shieldgemma (fetched from the hub); or the URL of an "
+            "OpenAI-compatible endpoint, as https://host/v1#model."
+        ),
+    ] = "default",
+    agreement: Annotated[Path | None, typer.Option(help="Measure the judge against people: folder of labelled sets.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, nothing else.")] = False,
+) -> None:
+    """Judge kept answers again without generating, or measure a judge's agreement with people."""
+    from safegene.errors import DataError
+    from safegene.evaluation import agreement as people
+    from safegene.evaluation import judges
+    from safegene.evaluation.evaluate import rejudge
+    from safegene.evaluation.tables import agreement_markdown, evaluation_markdown
+
+    if (run is None) == (agreement is None):
+        raise typer.BadParameter("give a run folder, or --agreement with a folder of labelled sets.")
+    with progress_bars() as progress:
+        chosen = judges.load(judge)
+        if agreement is not None:
+            found = people.measure(chosen, agreement, progress)
+            result = {"judge": chosen.name, "sets": [asdict(a) for a in found]}
+            text = agreement_markdown(result)
+        elif run is not None:
+            result = rejudge(run, chosen, progress)
+            text = evaluation_markdown(result)
+        else:
+            raise DataError("nothing to judge.")
+    if as_json:
+        print(json.dumps(result))
+    else:
+        Console().print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,104 @@
+"""One model, with or without an adapter, through suites: load, arm, ask, judge, count."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safegene import models
+from safegene.adapter import SafetyAdapter
+from safegene.attach import attach
+from safegene.errors import DataError
+from safegene.evaluation import public_suites, runner, scores, suite
+from safegene.evaluation.judges import Judge
+from safegene.evaluation.suite import Sample
+from safegene.progress import Progress, silent
+
+
+def samples_of(name: str, data: str | None) -> list[Sample]:
+    """Samples of one of the project's suites, or of a public set.
+
+    Raises:
+        DataError: no such suite, or a public one without `data`.
+    """
+    if name in public_suites.PUBLIC:
+        if data is None:
+            raise DataError(f"{name} is a public set; give its folder, file or hub id with --data.")
+        return public_suites.load(name, data)
+    return suite.load(name)
+
+
+RECORDED = ("safegene", "content", "model", "weights", "dtype", "adapter", "tokens", "decoding")
+
+
+def _figures(name: str, judged: list[runner.Judged], about: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **asdict(scores.score(name, judged)), "asked": about["asked"],
+        "outcomes": {o.id: o.ok for o in scores.outcomes(judged)}, "worst": scores.worst(judged),
+    }  # fmt: skip
+
+
+def rejudge(out: Path, judge: Judge, progress: Progress = silent) -> dict[str, Any]:
+    """Judge the kept answers of a run (the folder given to `evaluate`) again; returns and writes what `evaluate` does.
+
+    Raises:
+        DataError: no run is there.
+    """
+    folders = sorted(f.parent for f in out.glob("*/run.json"))
+    if not folders:
+        raise DataError(f"{out} holds no run; give the --out of safegene eval.")
+    found: dict[str, Any] = {}
+    for folder in folders:
+        about, samples, answers = runner.kept(folder)
+        found[folder.name] = _figures(folder.name, runner.judge(samples, answers, judge, folder, progress), about)
+    result = {**{k: about[k] for k in RECORDED}, "judge": judge.name, "suites": found}
+    (out / f"scores-{judge.name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def evaluate(
+    model: str, suites: Sequence[str], out: Path, *, judge: Judge, adapter: str = "", data: str | None = None, n: int = 0,
+    tokens: int = runner.TOKENS, dtype: str = "bfloat16", progress: Progress = silent,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure `model` on `suites`; texts and figures go to `out`, one folder a suite, and a run that was stopped goes on.
+
+    Args:
+        adapter: folder, shipped name or hub id; "" measures the model alone.
+        data: where the public sets are: folder, file or hub id.
+        n: samples of a suite at most, at even distances; 0 takes all.
+
+    Returns:
+        what `scores.json` holds: the record of the run and the figures of every suite.
+
+    Raises:
+        AttachError: the adapter could not be armed; nothing is measured then.
+    """
+    chosen = {name: suite.sample_evenly(samples_of(name, data), n) for name in suites}  # read before any work is done
+    begun = time.perf_counter()
+    progress(f"loading {model}")
+    loaded = models.load(model, dtype=dtype)
+    armed, about_adapter = None, ""
+    if adapter:
+        gene = SafetyAdapter.from_pretrained(adapter)
+        armed = attach(loaded.model, gene, tokenizer=loaded.tokenizer)
+        about_adapter = gene.config.weights_sha256
+    found: dict[str, Any] = {}
+    about: dict[str, Any] = {}
+    for name, samples in chosen.items():
+        folder = out / name
+        about = runner.record(model, loaded.model, samples, adapter=about_adapter, tokens=tokens, names=[name])
+        answers = runner.generate(
+            loaded.model, loaded.tokenizer, samples, folder, about, tokens=tokens, progress=progress
+        )
+        judged = runner.judge(samples, answers, judge, folder, progress)
+        found[name] = _figures(name, judged, about)
+    result = {
+        **{k: about[k] for k in RECORDED}, "adapter_name": adapter, "calibration": armed.calibration.report if armed else {}, "judge": judge.name,
+        "seconds": round(time.perf_counter() - begun, 1), "suites": found,
+    }  # fmt: skip
+    (out / f"scores-{judge.name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result

@@ -1,0 +1,214 @@
+"""Put suites to a model: answer in batches of like length, keep every answer, judge apart from generating.
+
+A run folder holds `run.json` (what was asked of which model), `samples.jsonl`, `answers.jsonl` (one line a turn) and one
+`verdicts-<judge>.jsonl` a judge. Batches are planned from the samples alone and written whole, so that a run that was killed
+and started again equals one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safegene import __version__, models
+from safegene.errors import DataError
+from safegene.evaluation import suite
+from safegene.evaluation.judges import Judge, Message, Verdict
+from safegene.evaluation.suite import Sample
+from safegene.progress import Progress, silent
+
+TOKENS = 128
+"""New tokens of an answer at most."""
+
+BATCH = 48
+JUDGED_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer: to turn `turn` of sample `id`; `opening` is what already stood in it and is not part of `response`."""
+
+    id: str
+    turn: int
+    response: str
+    opening: str = ""
+
+    @property
+    def whole(self) -> str:
+        return self.opening + self.response
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A sample's answer at one turn, with its verdict."""
+
+    sample: Sample
+    answer: Answer
+    verdict: Verdict
+
+
+def record(
+    model_name: str, model: Any, samples: Sequence[Sample], *, adapter: str, tokens: int, names: Sequence[str]
+) -> dict[str, Any]:
+    """What a run is a run of: two runs with equal records were asked the same of the same model."""
+    return {
+        "safegene": __version__, "content": suite.CONTENT_VERSION, "model": model_name,
+        "weights": models.weights_digest(model), "dtype": str(models.unwrap(model).dtype).removeprefix("torch."),
+        "adapter": adapter, "suites": list(names), "samples": len(samples), "asked": suite.digest(samples),
+        "tokens": tokens, "batch": BATCH, "decoding": "greedy",
+    }  # fmt: skip
+
+
+def generate(
+    model: Any, tokenizer: Any, samples: Sequence[Sample], folder: Path, about: dict[str, Any], *,
+    tokens: int = TOKENS, progress: Progress = silent,
+) -> list[Answer]:  # fmt: skip
+    """Answer every sample, turn by turn, greedily; go on where `folder` stops.
+
+    Raises:
+        DataError: no samples, an id twice, or `folder` holds a run of something else.
+    """
+    if not samples:
+        raise DataError("nothing to ask: the suite is empty; choose another, or raise the limit.")
+    if len({s.id for s in samples}) < len(samples):
+        raise DataError("two samples have the same id; give each data set a prefix of its own.")
+    claim(folder, about)
+    (folder / "samples.jsonl").write_text(_lines([asdict(s) for s in samples]), encoding="utf-8")
+    path = folder / "answers.jsonl"
+    found = {(a.id, a.turn): a for a in _answers(path)}
+    advance = progress(f"asking {about['model']}{' + adapter' if about['adapter'] else ''}", len(samples))
+    with path.open("a", encoding="utf-8") as file:
+        for batch in _batches(samples):
+            if not all((s.id, t) in found for s in batch for t in range(len(s.turns))):
+                made = _converse(model, tokenizer, batch, tokens)
+                _append(file, [asdict(a) for a in made])
+                found |= {(a.id, a.turn): a for a in made}
+            advance(len(batch))
+    if not any(a.response.strip() for a in found.values()):
+        raise DataError("the model answered nothing but padding; check its weights and its chat template.")
+    return [found[s.id, t] for s in samples for t in range(len(s.turns))]
+
+
+def claim(folder: Path, about: dict[str, Any]) -> None:
+    """Write `run.json`, or check that it is the same run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.json"
+    if path.exists():
+        there = json.loads(path.read_text(encoding="utf-8"))
+        if differs := [k for k in about if there.get(k) != about[k]]:
+            raise DataError(f"{folder} holds another run ({', '.join(differs)} differ); give another --out, or remove it.")
+    path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+def _batches(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
+    """Like lengths together, conversations of as many turns together."""
+    order = sorted(samples, key=lambda s: (len(s.turns), sum(map(len, s.turns)) + len(s.opening), s.id))
+    first = 0
+    while first < len(order):
+        turns = len(order[first].turns)
+        batch = [s for s in order[first : first + BATCH] if len(s.turns) == turns]
+        yield batch
+        first += len(batch)
+
+
+def _converse(model: Any, tokenizer: Any, batch: Sequence[Sample], tokens: int) -> list[Answer]:
+    made: list[Answer] = []
+    chats: list[list[Message]] = [[] for _ in batch]
+    turns = len(batch[0].turns)
+    for turn in range(turns):
+        for chat, sample in zip(chats, batch, strict=True):
+            chat.append({"role": "user", "content": sample.turns[turn]})
+        openings = [s.opening if turn == turns - 1 else "" for s in batch]
+        responses = models.generate(model, tokenizer, chats, tokens, openings=openings, batch=BATCH)
+        for chat, sample, opening, response in zip(chats, batch, openings, responses, strict=True):
+            made.append(Answer(sample.id, turn, response, opening))
+            chat.append({"role": "assistant", "content": opening + response})
+    return made
+
+
+def _lines(rows: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _append(file: Any, rows: Sequence[dict[str, Any]]) -> None:
+    file.write(_lines(rows))
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file that may have been cut off in its last line; that line is dropped, in the file too.
+
+    Raises:
+        DataError: a line before the last is damaged.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+        path.write_text("".join(lines), encoding="utf-8")
+    try:
+        return [json.loads(line) for line in lines]
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is damaged ({error}); remove it and run again.") from error
+
+
+def kept(folder: Path) -> tuple[dict[str, Any], list[Sample], list[Answer]]:
+    """Record, samples and answers of a finished run.
+
+    Raises:
+        DataError: `folder` is no run, or it was stopped before its end.
+    """
+    try:
+        about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        rows = read_rows(folder / "samples.jsonl")
+        samples = [Sample(**{**row, "turns": tuple(row["turns"])}) for row in rows]
+        found = {(a.id, a.turn): a for a in _answers(folder / "answers.jsonl")}
+        return about, samples, [found[s.id, t] for s in samples for t in range(len(s.turns))]
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{folder} is no run folder ({error}); give what safegene eval wrote.") from error
+    except KeyError as error:
+        raise DataError(f"{folder} holds no answer to {error}; run the same safegene eval again to finish it.") from error
+
+
+def _answers(path: Path) -> Iterator[Answer]:
+    for row in read_rows(path):
+        yield Answer(**row)
+
+
+def conversation(sample: Sample, answers: Sequence[Answer], turn: int) -> list[Message]:
+    """What was said before the answer to `turn`; `answers` are the sample's, in order."""
+    chat: list[Message] = []
+    for t in range(turn + 1):
+        chat.append({"role": "user", "content": sample.turns[t]})
+        if t < turn:
+            chat.append({"role": "assistant", "content": answers[t].whole})
+    return chat
+
+
+def judge(
+    samples: Sequence[Sample], answers: Sequence[Answer], judge: Judge, folder: Path, progress: Progress = silent
+) -> list[Judged]:
+    """Judge every answer; verdicts that `folder` already holds are not asked for again."""
+    path = folder / f"verdicts-{judge.name}.jsonl"
+    found = {(r["id"], r["turn"]): Verdict(r["label"], r["confidence"], r["reason"]) for r in read_rows(path)}
+    of = {s.id: s for s in samples}
+    by_id: dict[str, list[Answer]] = {}
+    for a in answers:
+        by_id.setdefault(a.id, []).append(a)
+    left = [a for a in answers if (a.id, a.turn) not in found]
+    advance = progress(f"judging ({judge.name})", len(left))
+    with path.open("a", encoding="utf-8") as file:
+        for first in range(0, len(left), JUDGED_AT_ONCE):
+            part = left[first : first + JUDGED_AT_ONCE]
+            items = [(conversation(of[a.id], by_id[a.id], a.turn), a.whole) for a in part]
+            verdicts = list(judge.judge_many(items))
+            _append(file, [{"id": a.id, "turn": a.turn, **asdict(v)} for a, v in zip(part, verdicts, strict=True)])
+            found |= {(a.id, a.turn): v for a, v in zip(part, verdicts, strict=True)}
+            advance(len(part))
+    return [Judged(of[a.id], a, found[a.id, a.turn]) for a in answers]
