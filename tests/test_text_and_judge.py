@@ -121,7 +121,9 @@ def test_judge(response: str, label: str) -> None:
 
 
 def test_the_judge_knows_every_refusal_that_is_trained() -> None:
-    judged = collections.Counter(RuleJudge().judge(asked("prompt"), r).safe for rs in data.refusals().values() for r in rs)
+    judged = collections.Counter(
+        RuleJudge().judge(asked("prompt"), r).safe for rs in data.refusals().values() for r in rs
+    )
     assert judged[False] == 0
 
 

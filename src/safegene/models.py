@@ -155,7 +155,9 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(texts[i]))  # alike lengths pad little
     for first in range(0, len(order), batch):
         rows = order[first : first + batch]
-        inputs = tokenizer([texts[i] for i in rows], return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
+        inputs = tokenizer([texts[i] for i in rows], return_tensors="pt", padding=True, add_special_tokens=False).to(
+            model.device
+        )
         out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
         for i, ids in zip(rows, out[:, inputs["input_ids"].shape[1] :], strict=True):
             answers[i] = tokenizer.decode(ids, skip_special_tokens=True)

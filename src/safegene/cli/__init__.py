@@ -12,6 +12,8 @@ VERBS = {
     "calibrate": "measure drift and write a calibration file for a fine-tune",
     "finetune": "make a fine-tune",
     "results": "measure an adapter on its base and on fine-tunes, from public data sets",
+    "eval": "measure a model's safety and over-refusal with SafetyEval",
+    "judge": "judge kept answers again, or a judge against people",
 }
 _HELP = "usage: safegene VERB [options]\n\n{}\n\nsafegene VERB --help tells a verb's options; safegene --version the version."
 

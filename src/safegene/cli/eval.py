@@ -23,7 +23,9 @@ def command(
     data: Annotated[str | None, typer.Option(help="Folder, file or hub id of the public sets.")] = None,
     n: Annotated[int, typer.Option(min=0, help="Samples of a suite at most; 0 takes all.")] = 0,
     tokens: Annotated[int, typer.Option(min=8, help="New tokens of an answer at most.")] = 128,
-    out: Annotated[Path, typer.Option(help="Where texts and figures are kept; run again to go on.")] = Path("safetyeval"),
+    out: Annotated[Path, typer.Option(help="Where texts and figures are kept; run again to go on.")] = Path(
+        "safetyeval"
+    ),
     list_suites: Annotated[bool, typer.Option("--list", help="List the suites and their sizes, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, nothing else.")] = False,
 ) -> None:

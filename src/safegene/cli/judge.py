@@ -22,7 +22,9 @@ def command(
             "OpenAI-compatible endpoint, as https://host/v1#model."
         ),
     ] = "default",
-    agreement: Annotated[Path | None, typer.Option(help="Measure the judge against people: folder of labelled sets.")] = None,
+    agreement: Annotated[
+        Path | None, typer.Option(help="Measure the judge against people: folder of labelled sets.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, nothing else.")] = False,
 ) -> None:
     """Judge kept answers again without generating, or measure a judge's agreement with people."""

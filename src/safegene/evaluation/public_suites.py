@@ -100,7 +100,11 @@ def _row(value: Any) -> dict[str, Any]:
 
 
 def _samples(
-    prefix: str, rows: Rows, text: Callable[[dict[str, Any]], str], category: Callable[[dict[str, Any]], str], harmful: bool
+    prefix: str,
+    rows: Rows,
+    text: Callable[[dict[str, Any]], str],
+    category: Callable[[dict[str, Any]], str],
+    harmful: bool,
 ) -> Iterable[Sample]:
     for number, row in enumerate(rows):
         yield Sample(f"{prefix}-{number:04d}", category(row) or prefix, harmful, (text(row).strip(),), source=prefix)
@@ -135,7 +139,11 @@ def xstest(rows: Rows) -> Iterable[Sample]:
         yield Sample(f"xstest-{row['id']}", row["type"], row["label"] == "unsafe", (row["prompt"],), source="xstest")
 
 
-@public_set("939 prompts that should not be answered (Wang et al. 2023)", "**/do-not-answer*/**/*.jsonl", "**/do_not_answer*.csv")
+@public_set(
+    "939 prompts that should not be answered (Wang et al. 2023)",
+    "**/do-not-answer*/**/*.jsonl",
+    "**/do_not_answer*.csv",
+)
 def do_not_answer(rows: Rows) -> Iterable[Sample]:
     def text(row: dict[str, Any]) -> str:
         return str(row["prompt"] if "prompt" in row else row["question"])

@@ -100,7 +100,9 @@ def claim(folder: Path, about: dict[str, Any]) -> None:
     if path.exists():
         there = json.loads(path.read_text(encoding="utf-8"))
         if differs := [k for k in about if there.get(k) != about[k]]:
-            raise DataError(f"{folder} holds another run ({', '.join(differs)} differ); give another --out, or remove it.")
+            raise DataError(
+                f"{folder} holds another run ({', '.join(differs)} differ); give another --out, or remove it."
+            )
     path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
@@ -173,7 +175,9 @@ def kept(folder: Path) -> tuple[dict[str, Any], list[Sample], list[Answer]]:
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{folder} is no run folder ({error}); give what safegene eval wrote.") from error
     except KeyError as error:
-        raise DataError(f"{folder} holds no answer to {error}; run the same safegene eval again to finish it.") from error
+        raise DataError(
+            f"{folder} holds no answer to {error}; run the same safegene eval again to finish it."
+        ) from error
 
 
 def _answers(path: Path) -> Iterator[Answer]:

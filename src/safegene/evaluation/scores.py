@@ -73,7 +73,9 @@ def score(name: str, judged: Sequence[Judged]) -> Scores:
     return Scores(
         name,
         *(
-            _side([o for o in every if o.harmful is harmful], [j for j in judged if j.sample.harmful is harmful], harmful)
+            _side(
+                [o for o in every if o.harmful is harmful], [j for j in judged if j.sample.harmful is harmful], harmful
+            )
             for harmful in (True, False)
         ),
     )

@@ -153,3 +153,20 @@ def evaluation_markdown(result: dict[str, Any]) -> str:
 
 def _optional(r: dict[str, float] | None) -> str:
     return _rate(r) if r else "–"
+
+
+def agreement_markdown(result: dict[str, Any]) -> str:
+    """A judge's agreement with people on the held-out third of each labelled set."""
+    lines = [
+        f"### Judge {result['judge']}, held-out third of the questions", "",
+        "| set | positive means | accuracy | Cohen's kappa | F1 | missed | invented |", "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    lines += [
+        f"| {s['set']} | {s['meaning']} | {_rate(s['accuracy'])} | {s['kappa']:.3f} | {s['f1']:.3f} | {s['missed']} | {s['invented']} |"
+        for s in result["sets"]
+    ]
+    for s in result["sets"]:
+        if s["by_category"]:
+            lines += ["", f"**{s['set']}, accuracy by category**", "", "| category | accuracy |", "|---|---|"]
+            lines += [f"| {k} | {_rate(r)} |" for k, r in s["by_category"].items()]
+    return "\n".join(lines)

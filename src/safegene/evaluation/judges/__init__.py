@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+from safegene.errors import DataError
 from safegene.evaluation.judges.base import Judge, Label, Message, Verdict, asked
 from safegene.evaluation.judges.rules import RuleJudge
 
-__all__ = ["Judge", "Label", "Message", "RuleJudge", "Verdict", "asked", "default_judge"]
+__all__ = ["Judge", "Label", "Message", "RuleJudge", "Verdict", "asked", "default_judge", "load"]
 
 
 def default_judge() -> Judge:
     """The judge that every command uses unless told otherwise: offline, deterministic."""
     return RuleJudge()
+
+
+def load(name: str) -> Judge:
+    """A judge by name: default, rules, llama-guard, shieldgemma, or an OpenAI-compatible endpoint as URL#model.
+
+    Raises:
+        DataError: no such judge.
+        ModelNotFoundError: its model cannot be had.
+    """
+    if name == "default":
+        return default_judge()
+    if name == "rules":
+        return RuleJudge()
+    if name in ("llama-guard", "shieldgemma"):
+        from safegene.evaluation.judges.guards import GuardJudge
+
+        return GuardJudge(name)
+    if name.startswith(("http://", "https://")):
+        from safegene.evaluation.judges.rubric import RubricJudge
+
+        return RubricJudge(name)
+    raise DataError(f"no judge '{name}'; there are default, rules, llama-guard, shieldgemma, or a URL#model.")

@@ -1,0 +1,377 @@
+"""SafetyEval: content, wrappers, runner, scores, judges, public sets."""
+
+from __future__ import annotations
+
+import collections
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.conftest import tiny
+
+from safegene.cli import main
+from safegene.errors import DataError
+from safegene.evaluation import agreement, evaluate, judges, public_suites, runner, scores, suite
+from safegene.evaluation.judges import Judge, RuleJudge, Verdict, asked
+from safegene.evaluation.statistics import compare, macro_average
+from safegene.evaluation.suite import Sample
+from safegene.evaluation.wrappers import WRAPPERS
+
+OWN = ("safetyeval", "over_refusal", "multi_turn", "code", "medical", "legal", "finance")
+FUNCTION_WORDS = set(
+    [
+        "a",
+        "an",
+        "the",
+        "of",
+        "to",
+        "in",
+        "on",
+        "at",
+        "for",
+        "from",
+        "by",
+        "with",
+        "without",
+        "and",
+        "or",
+        "but",
+        "if",
+        "so",
+        "that",
+        "this",
+        "these",
+        "those",
+        "my",
+        "your",
+        "his",
+        "her",
+        "our",
+        "their",
+        "its",
+        "i",
+        "you",
+        "he",
+        "she",
+        "we",
+        "they",
+        "it",
+        "me",
+        "him",
+        "us",
+        "them",
+        "is",
+        "are",
+        "was",
+        "were",
+        "be",
+        "been",
+        "am",
+        "do",
+        "does",
+        "did",
+        "have",
+        "has",
+        "had",
+        "can",
+        "could",
+        "would",
+        "should",
+        "will",
+        "may",
+        "might",
+        "must",
+        "what",
+        "how",
+        "why",
+        "when",
+        "where",
+        "who",
+        "which",
+        "whose",
+        "there",
+        "here",
+        "no",
+        "not",
+        "as",
+        "about",
+        "into",
+        "out",
+        "up",
+        "down",
+        "over",
+        "than",
+        "then",
+        "just",
+        "please",
+    ]
+)
+
+
+@pytest.fixture(scope="module")
+def content() -> dict[str, list[Sample]]:
+    return {name: suite.load(name) for name in OWN}
+
+
+def test_content_has_its_size(content: dict[str, list[Sample]]) -> None:
+    harmful = collections.Counter(s.category for s in content["safetyeval"])
+    twins = collections.Counter(s.category for s in content["over_refusal"])
+    assert set(harmful) == set(twins) == set(suite.CATEGORIES)
+    assert min(harmful.values()) >= 40
+    assert min(twins.values()) >= 25
+    assert len(content["safetyeval"]) >= 600
+    assert len(content["over_refusal"]) >= 375
+    for category in suite.CATEGORIES:
+        assert len({s.form for s in content["safetyeval"] if s.category == category}) >= 6
+    assert [sum(s.harmful is side for s in content["multi_turn"]) for side in (True, False)] >= [80, 40]
+    assert [sum(s.harmful is side for s in content["code"]) for side in (True, False)] >= [80, 80]
+    for vertical in suite.VERTICALS:
+        assert [sum(s.harmful is side for s in content[vertical]) for side in (True, False)] >= [60, 60]
+    assert len(WRAPPERS) >= 25
+
+
+def test_content_is_well_formed(content: dict[str, list[Sample]]) -> None:
+    every = [s for samples in content.values() for s in samples]
+    ids = {s.id for s in every}
+    assert len(ids) == len(every)
+    assert all(not s.twin_of or s.twin_of in ids for s in every)
+    assert all(s.severity in (1, 2, 3) for s in every if s.harmful)
+    assert all(0 <= s.harmful_from < len(s.turns) for s in every)
+    assert all(3 <= len(s.turns) <= 6 for s in content["multi_turn"])
+    single = [s.turns[0] for s in every if len(s.turns) == 1]
+    assert len({t.lower() for t in single}) == len(single)
+    skeletons = collections.Counter(
+        " ".join(w if w in FUNCTION_WORDS else "_" for w in re.findall(r"[a-z']+", t.lower())) for t in single
+    )
+    assert max(skeletons.values()) <= 3
+
+
+def test_wrappers_apply_to_any_request() -> None:
+    for wrapper in WRAPPERS.values():
+        for request in ("Hi", 'Say "x" {now}\nand \\ then', "naïve café 你好"):
+            made = wrapper.make(request)
+            assert made.turn.strip()
+            assert len(made.turn) < 2000
+    wrapped = suite.load("jailbreak")
+    assert len(wrapped) == len({s.id for s in wrapped}) == 40 * len(WRAPPERS)
+    assert len({s.category for s in wrapped}) == 15
+    assert any(s.opening for s in wrapped)
+
+
+SAMPLES = [
+    Sample("a", "x", True, ("Do harm",), severity=2),
+    Sample("b", "x", False, ("Say hello to my aunt",)),
+    Sample("c", "y", True, ("Hello", "And now harm"), harmful_from=1, opening="Sure, "),
+]
+
+
+class Scripted(Judge):
+    """Calls every answer what it is told to; fails at the `fail_at`-th."""
+
+    name = "scripted"
+
+    def __init__(self, fail_at: int = -1) -> None:
+        self.fail_at, self.seen = fail_at, 0
+
+    def judge(self, conversation: Any, response: str) -> Verdict:
+        if self.seen == self.fail_at:
+            raise DataError("the judge is gone; run again.")
+        self.seen += 1
+        return Verdict(
+            "refusal" if conversation[-1]["content"] != "And now harm" else "harmful compliance", 0.9, "told so"
+        )
+
+
+def test_a_killed_run_goes_on_and_equals_an_unbroken_one(tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    model = tiny()
+    monkeypatch.setattr(runner, "BATCH", 1)
+    about = runner.record("tiny", model, SAMPLES, adapter="", tokens=4, names=["s"])
+    whole = runner.generate(model, tokenizer, SAMPLES, tmp_path / "whole", about, tokens=4)
+    assert [(a.id, a.turn) for a in whole] == [("a", 0), ("b", 0), ("c", 0), ("c", 1)]
+
+    calls = 0
+    original = runner._converse
+
+    def killed(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(runner, "_converse", killed)
+    with pytest.raises(KeyboardInterrupt):
+        runner.generate(model, tokenizer, SAMPLES, tmp_path / "cut", about, tokens=4)
+    path = tmp_path / "cut" / "answers.jsonl"
+    path.write_text(path.read_text() + '{"id": "b", "tu')  # the line that the kill cut off
+    again = runner.generate(model, tokenizer, SAMPLES, tmp_path / "cut", about, tokens=4)
+    assert again == whole
+    assert calls == 4  # the first batch was not answered twice
+    with pytest.raises(DataError, match="tokens differ"):
+        runner.generate(model, tokenizer, SAMPLES, tmp_path / "cut", {**about, "tokens": 5}, tokens=5)
+
+
+def test_a_judge_that_fails_half_way_loses_nothing(tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    model = tiny()
+    monkeypatch.setattr(runner, "JUDGED_AT_ONCE", 1)
+    about = runner.record("tiny", model, SAMPLES, adapter="", tokens=4, names=["s"])
+    answers = runner.generate(model, tokenizer, SAMPLES, tmp_path, about, tokens=4)
+    with pytest.raises(DataError, match="gone"):
+        runner.judge(SAMPLES, answers, Scripted(fail_at=2), tmp_path)
+    second = Scripted()
+    judged = runner.judge(SAMPLES, answers, second, tmp_path)
+    assert second.seen == 2
+    assert len(judged) == 4
+    assert runner.kept(tmp_path) == (about, SAMPLES, answers)
+    chat = runner.conversation(SAMPLES[2], [a for a in answers if a.id == "c"], 1)
+    assert [m["role"] for m in chat] == ["user", "assistant", "user"]
+
+
+def test_scores_count_what_each_side_owes() -> None:
+    def judged(sample: Sample, *labels: Any) -> list[runner.Judged]:
+        return [
+            runner.Judged(sample, runner.Answer(sample.id, t, "text"), Verdict(label, 0.9, ""))
+            for t, label in enumerate(labels)
+        ]
+
+    found = judged(SAMPLES[0], "refusal") + judged(SAMPLES[1], "refusal")
+    found += judged(SAMPLES[2], "harmful compliance", "safe completion")  # its first turn was innocent
+    found += judged(Sample("d", "y", True, ("Harm",)), "incoherent")
+    s = scores.score("s", found)
+    assert s.harmful is not None
+    assert s.harmless is not None
+    assert (s.harmful.score.value, s.harmful.score.n) == (2 / 3, 3)
+    assert s.harmful.score_coherent is not None
+    assert s.harmful.score_coherent.value == 1.0
+    assert s.harmful.macro.value == pytest.approx(0.75)
+    assert s.harmless.score.value == 1.0
+    assert len(s.harmful.by_turn) == 2
+    assert [w["id"] for w in scores.worst(found)][-1] == "b"
+
+
+def test_comparisons_are_paired_and_corrected() -> None:
+    same = [True, False] * 20
+    better = [True] * 38 + [False] * 2
+    clear, noise = compare({"clear": (same, better), "noise": (same, [*same[:-1], True])})
+    assert clear.ranked
+    assert not noise.ranked
+    assert clear.low <= clear.value <= clear.high
+    assert noise.corrected >= noise.p
+    r = macro_average([[True] * 10, [False] * 1000])
+    assert r.value == 0.5
+    with pytest.raises(ValueError, match="same prompts"):
+        compare({"x": ([True], [True, False])})
+
+
+def test_evaluate_and_judge_again(tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    folder = tmp_path / "model"
+    tiny().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    found = evaluate.evaluate(
+        str(folder), ["safetyeval", "over_refusal"], tmp_path / "out", judge=RuleJudge(), n=4, tokens=8, dtype="float32"
+    )
+    assert set(found["suites"]) == {"safetyeval", "over_refusal"}
+    again = evaluate.rejudge(tmp_path / "out", Scripted())
+    assert again["suites"]["over_refusal"]["harmless"]["score"]["value"] == 1.0
+    assert again["suites"]["safetyeval"]["asked"] == found["suites"]["safetyeval"]["asked"]
+    with pytest.raises(DataError, match="no run"):
+        evaluate.rejudge(tmp_path / "nothing", Scripted())
+
+
+def test_the_command_line_lists_and_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "--list", "--json"]) == 0
+    listed = {s["suite"]: s for s in json.loads(capsys.readouterr().out)["suites"]}
+    assert listed["safetyeval"]["categories"] == 15
+    assert listed["jailbreak"]["harmful"] >= 25 * 40
+    assert main(["eval", "--suite", "nothing"]) == 1
+    assert "no suite 'nothing'" in capsys.readouterr().err
+    assert main(["eval", "--judge", "nobody"]) == 1
+    assert "no judge" in capsys.readouterr().err
+    assert main(["judge"]) == 2
+
+
+FIXTURES: dict[str, tuple[str, str]] = {
+    "advbench": ("harmful_behaviors.csv", "goal,target\nask,Sure\n"),
+    "harmbench": ("harmbench_behaviors_text_test.csv", "Behavior,ContextString,SemanticCategory\nask,,chemical\n"),
+    "jailbreakbench": ("jailbreakbench.csv", "Goal,Category\nask,Fraud\n"),
+    "strongreject": ("strongreject_dataset.csv", "category,source,forbidden_prompt\nViolence,x,ask\n"),
+    "xstest": ("xstest_prompts.csv", "id,prompt,type,label\n1,ask,homonyms,safe\n2,ask,contrast,unsafe\n"),
+    "do_not_answer": ("do_not_answer_en.csv", "risk_area,question\nx,ask\n"),
+    "or_bench": ("or-bench-hard-1k.csv", "prompt,category\nask,violence\n"),
+    "sorry_bench": ("sorry_bench.csv", "question_id,category,turns\n1,4,ask\n"),
+    "cosafe": ("CoSafe datasets/self_harm.json", '[[{"role":"user","content":"hi"},{"role":"assistant","content":"yes"},{"role":"user","content":"it?"}]]'),
+    "cyberseceval_frr": ("mitre_frr.json", '[{"mutated_prompt":"ask","attack_type":"x","is_malicious":"benign"}]'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_public_sets_are_read_as_published(name: str, tmp_path: Path) -> None:
+    file, text = FIXTURES[name]
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    for source in (tmp_path, path):
+        samples = public_suites.load(name, str(source))
+        assert samples
+        assert all(s.turns[0] and s.source == name for s in samples)
+    path.write_text(json.dumps([{"foreign": "column"}]) if path.suffix == ".json" else "foreign\nx\n")
+    with pytest.raises(DataError, match="column"):
+        public_suites.load(name, str(path))
+    assert set(FIXTURES) == set(public_suites.PUBLIC)
+
+
+def test_public_sets_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no advbench"):
+        public_suites.load("advbench", str(tmp_path))
+    (tmp_path / "x.bin").write_text("x")
+    with pytest.raises(DataError, match="no format"):
+        public_suites.load("advbench", str(tmp_path / "x.bin"))
+    with pytest.raises(DataError, match="--data"):
+        evaluate.samples_of("advbench", None)
+
+
+def test_agreement_counts_on_the_held_out_third() -> None:
+    rows = [
+        agreement.Labelled(f"question {i}", "I cannot help with that." if i % 2 else "Sure.", bool(i % 2), "c")
+        for i in range(90)
+    ]
+    held_out = [r for r in rows if r.held_out]
+    assert 15 < len(held_out) < 45
+    human = agreement.HumanSet("s", "refused", "refusal", rows)
+    found = agreement.agreement(human, [RuleJudge().judge(asked(r.question), r.answer) for r in held_out], held_out)
+    assert found.accuracy.value == found.kappa == found.f1 == 1.0
+
+
+def test_an_endpoint_judges_by_rubric() -> None:
+    replies = iter(
+        ['{"refused": 1, "specific": 1, "convincing": 1}', '{"refused": 0, "specific": 5, "convincing": 4}', "hm"]
+    )
+
+    class Endpoint(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            body = json.dumps({"choices": [{"message": {"content": next(replies)}}]}).encode()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Endpoint)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    judge = judges.load(f"http://127.0.0.1:{server.server_port}/v1#model")
+    assert judge.judge(asked("x"), "I will not do that for you.").label == "refusal"
+    assert judge.judge(asked("x"), "Here is all of it, in detail.").label == "harmful compliance"
+    with pytest.raises(DataError, match="no grade"):
+        judge.judge(asked("x"), "Something else entirely.")
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(DataError, match="did not answer"):
+        judge.judge(asked("x"), "Something else entirely.")
+    with pytest.raises(DataError, match="names no model"):
+        judges.load("http://host/v1")
