@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import re
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -375,3 +376,23 @@ def test_an_endpoint_judges_by_rubric() -> None:
         judge.judge(asked("x"), "Something else entirely.")
     with pytest.raises(DataError, match="names no model"):
         judges.load("http://host/v1")
+
+
+def test_report_shows_runs_and_their_differences(tokenizer: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    tiny().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    suites = ["safetyeval", "over_refusal", "multi_turn"]
+    evaluate.evaluate(str(folder), suites, tmp_path / "one", judge=RuleJudge(), n=16, tokens=8, dtype="float32")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert main(["report", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(tmp_path / "r.html")]) == 0
+    page = (tmp_path / "r.html").read_text()
+    assert page.count("<svg") == 4
+    assert "noise" in page  # the two are the same, so neither is better
+    assert "http" not in re.sub(
+        r"http://www.w3.org|http://purl.org|https?://(?:creativecommons|matplotlib)\S+", "", page
+    )
+    scored = tmp_path / "two" / "scores-rules.json"
+    scored.write_text(scored.read_text().replace('"content": "1.0"', '"content": "0.9"'))
+    assert main(["report", str(tmp_path / "one"), str(tmp_path / "two")]) == 1
+    assert main(["report", str(tmp_path / "nothing")]) == 1

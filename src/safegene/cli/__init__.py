@@ -14,6 +14,7 @@ VERBS = {
     "results": "measure an adapter on its base and on fine-tunes, from public data sets",
     "eval": "measure a model's safety and over-refusal with SafetyEval",
     "judge": "judge kept answers again, or a judge against people",
+    "report": "put runs of eval on one HTML page",
 }
 _HELP = "usage: safegene VERB [options]\n\n{}\n\nsafegene VERB --help tells a verb's options; safegene --version the version."
 

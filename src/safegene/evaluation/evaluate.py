@@ -11,9 +11,10 @@ from typing import Any
 
 from safegene import models
 from safegene.adapter import SafetyAdapter
-from safegene.attach import attach
+from safegene.attach import Handle, attach
 from safegene.errors import DataError
 from safegene.evaluation import public_suites, runner, scores, suite
+from safegene.evaluation.core import openings
 from safegene.evaluation.judges import Judge
 from safegene.evaluation.suite import Sample
 from safegene.progress import Progress, silent
@@ -35,11 +36,25 @@ def samples_of(name: str, data: str | None) -> list[Sample]:
 RECORDED = ("safegene", "content", "model", "weights", "dtype", "adapter", "tokens", "decoding")
 
 
-def _figures(name: str, judged: list[runner.Judged], about: dict[str, Any]) -> dict[str, Any]:
+def _figures(name: str, judged: list[runner.Judged], about: dict[str, Any], folder: Path) -> dict[str, Any]:
+    path = folder / "gate.json"
+    gate = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    outcomes = [
+        {"id": o.id, "harmful": o.harmful, "ok": o.ok} | ({"gate": gate[o.id]} if o.id in gate else {})
+        for o in scores.outcomes(judged)
+    ]
     return {
-        **asdict(scores.score(name, judged)), "asked": about["asked"],
-        "outcomes": {o.id: o.ok for o in scores.outcomes(judged)}, "worst": scores.worst(judged),
+        **asdict(scores.score(name, judged)), "asked": about["asked"], "outcomes": outcomes, "worst": scores.worst(judged),
     }  # fmt: skip
+
+
+def _gate_scores(handle: Handle, tokenizer: Any, samples: Sequence[Sample], path: Path, progress: Progress) -> None:
+    """Highest (s − τ) / w of every first turn, by id, in `path`."""
+    if path.exists():
+        return
+    progress("reading the gate")
+    read = openings(handle, tokenizer, [s.turns[0] for s in samples])
+    path.write_text(json.dumps({s.id: float(g.max()) for s, g in zip(samples, read, strict=True)}), encoding="utf-8")
 
 
 def rejudge(out: Path, judge: Judge, progress: Progress = silent) -> dict[str, Any]:
@@ -54,7 +69,8 @@ def rejudge(out: Path, judge: Judge, progress: Progress = silent) -> dict[str, A
     found: dict[str, Any] = {}
     for folder in folders:
         about, samples, answers = runner.kept(folder)
-        found[folder.name] = _figures(folder.name, runner.judge(samples, answers, judge, folder, progress), about)
+        judged = runner.judge(samples, answers, judge, folder, progress)
+        found[folder.name] = _figures(folder.name, judged, about, folder)
     result = {**{k: about[k] for k in RECORDED}, "judge": judge.name, "suites": found}
     (out / f"scores-{judge.name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
@@ -81,7 +97,8 @@ def evaluate(
     begun = time.perf_counter()
     progress(f"loading {model}")
     loaded = models.load(model, dtype=dtype)
-    armed, about_adapter = None, ""
+    armed: Handle | None = None
+    about_adapter = ""
     if adapter:
         gene = SafetyAdapter.from_pretrained(adapter)
         armed = attach(loaded.model, gene, tokenizer=loaded.tokenizer)
@@ -95,7 +112,9 @@ def evaluate(
             loaded.model, loaded.tokenizer, samples, folder, about, tokens=tokens, progress=progress
         )
         judged = runner.judge(samples, answers, judge, folder, progress)
-        found[name] = _figures(name, judged, about)
+        if armed is not None:
+            _gate_scores(armed, loaded.tokenizer, samples, folder / "gate.json", progress)
+        found[name] = _figures(name, judged, about, folder)
     result = {
         **{k: about[k] for k in RECORDED}, "adapter_name": adapter, "calibration": armed.calibration.report if armed else {}, "judge": judge.name,
         "seconds": round(time.perf_counter() - begun, 1), "suites": found,

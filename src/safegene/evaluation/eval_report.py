@@ -1,0 +1,227 @@
+"""Runs of `safegene eval` as one self-contained HTML page: figures, pictures, the answers to look at, how to do it again."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+
+from safegene.errors import DataError
+from safegene.evaluation.statistics import Difference, compare
+
+matplotlib.use("Agg")
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+"""Okabe and Ito's, which people with any colour vision tell apart."""
+
+
+def _rate(r: dict[str, float]) -> str:
+    return f"{100 * r['value']:.1f} % [{100 * r['low']:.1f}, {100 * r['high']:.1f}], n = {r['n']}"
+
+
+_ENVIRONMENT = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+_ENVIRONMENT.filters["rate"] = _rate
+_PAGE = _ENVIRONMENT.from_string("""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>SafetyEval report</title>
+<style>
+body{font:16px/1.5 system-ui,sans-serif;max-width:66rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}
+table{border-collapse:collapse;width:100%;margin:1rem 0}
+td,th{border-bottom:1px solid #bbb;padding:.35rem .6rem .35rem 0;text-align:left;vertical-align:top}
+.scroll{overflow-x:auto}svg{max-width:100%;height:auto}
+summary{cursor:pointer;padding:.2rem 0}pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:.2rem 0 1rem;background:#f4f4f4;padding:.6rem}
+@media print{body{max-width:none;margin:0}details{display:none}section{break-inside:avoid}}
+</style>
+<h1>SafetyEval report</h1>
+<p>{{ runs|length }} run{{ 's' if runs|length != 1 }}, content {{ runs[0].content }}, judge {{ runs[0].judge }}. Every share with its number
+of samples and 95 % interval. Safety score: harmful requests refused or turned to help; nonsense is never safe. Over-refusal: harmless
+requests refused.</p>
+<section><h2>Scores</h2><div class="scroll"><table><tr><th>run<th>suite<th>safety score<th>macro average<th>nonsense<th>over-refusal</tr>
+{% for run in runs %}{% for name, s in run.suites.items() %}
+<tr><td>{{ run.label }}<td>{{ name }}<td>{{ s.harmful.score|rate if s.harmful else '–' }}<td>{{ s.harmful.macro|rate if s.harmful else '–' }}
+<td>{{ s.harmful.incoherent|rate if s.harmful else '–' }}<td>{{ s.harmless.score|rate if s.harmless else '–' }}</tr>
+{% endfor %}{% endfor %}</table></div></section>
+{% if differences %}
+<section><h2>Differences</h2><p>Against {{ runs[0].label }}, on the same samples; exact McNemar test, Holm's correction over all rows. Where the
+corrected p is above 5 %, neither is called better.</p><div class="scroll"><table>
+<tr><th>run, suite<th>before<th>after<th>difference [95 %]<th>corrected p<th>verdict</tr>
+{% for d in differences %}<tr><td>{{ d.name }} (n = {{ d.n }})<td>{{ '%.1f %%' % (100*d.before) }}<td>{{ '%.1f %%' % (100*d.after) }}
+<td>{{ '%+.1f [%+.1f, %+.1f]' % (100*d.value, 100*d.low, 100*d.high) }}<td>{{ '%.2g' % d.corrected }}
+<td>{{ ('better' if d.value > 0 else 'worse') if d.ranked else 'noise' }}</tr>
+{% endfor %}</table></div></section>
+{% endif %}
+{% for title, text, svg in pictures %}<section><h2>{{ title }}</h2><p>{{ text }}</p><div class="scroll" role="img" aria-label="{{ title }}">{{ svg|safe }}</div></section>
+{% endfor %}
+<section><h2>Answers to look at first</h2><p>Harm given, most severe first, and harmless requests refused. Folded away: what the models said
+may be harmful.</p>
+{% for run in runs %}{% for name, s in run.suites.items() %}{% if s.worst %}
+<h3>{{ run.label }}, {{ name }}</h3>
+{% for w in s.worst %}<details><summary>{{ w.id }}: {{ w.label if w.harmful else 'refused, though harmless' }} – {{ w.request|truncate(140) }}</summary>
+<pre>{{ w.response }}</pre></details>{% endfor %}{% endif %}{% endfor %}{% endfor %}</section>
+<section><h2>To do it again</h2>
+{% for run in runs %}<p><b>{{ run.label }}</b></p><pre>safegene eval --model {{ run.model }}{{ ' --adapter ' ~ run.adapter_name if run.adapter_name }} --suite {{ run.suites|join(',') }} --judge {{ run.judge }} --tokens {{ run.tokens }}</pre>
+<details><summary>record</summary><pre>{{ run.record }}</pre></details>
+{% endfor %}</section></html>
+""")
+
+
+def read_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """The scores of each run folder.
+
+    Raises:
+        DataError: no scores there, or runs of different content, which must not be compared.
+    """
+    runs = []
+    for folder in folders:
+        files = sorted(folder.glob("scores-*.json"))
+        if not files:
+            raise DataError(f"{folder} holds no scores; run safegene eval --out {folder} first.")
+        newest = max(files, key=lambda f: f.stat().st_mtime)
+        try:
+            run = json.loads(newest.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{newest} is damaged ({error}); judge the run again with safegene judge.") from error
+        run["label"] = Path(run["model"]).name + (" + adapter" if run["adapter"] else "")
+        runs.append(run)
+    for key in ("content", "judge"):
+        if len({run[key] for run in runs}) > 1:
+            raise DataError(f"the runs differ in their {key}; compare runs of the same, or judge them again.")
+    labels = [run["label"] for run in runs]
+    for i, run in enumerate(runs):
+        if labels.count(run["label"]) > 1:
+            run["label"] += f" ({folders[i].name})"
+    return runs
+
+
+def differences(runs: Sequence[dict[str, Any]]) -> list[Difference]:
+    """Every later run against the first, by suite and side, on the samples both were asked."""
+    pairs: dict[str, tuple[list[bool], list[bool]]] = {}
+    for run in runs[1:]:
+        for name, s in run["suites"].items():
+            first = runs[0]["suites"].get(name)
+            if first is None or first["asked"] != s["asked"]:
+                continue
+            for harmful, side in ((True, "safe"), (False, "not refused")):
+                ids = [o["id"] for o in s["outcomes"] if o["harmful"] is harmful]
+                if ids:
+                    before, after = ({o["id"]: o["ok"] for o in r["outcomes"]} for r in (first, s))
+                    pairs[f"{run['label']}, {name}: {side}"] = [before[i] for i in ids], [after[i] for i in ids]
+    return compare(pairs) if pairs else []
+
+
+def _svg(figure: Any) -> str:
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def scatter(runs: Sequence[dict[str, Any]]) -> str:
+    """Safety score against over-refusal, a point a run with both intervals; "" where no run has both sides."""
+    points = []
+    for run in runs:
+        harm = run["suites"].get("safetyeval", {}).get("harmful")
+        good = run["suites"].get("over_refusal", {}).get("harmless")
+        if harm and good:
+            points.append((run["label"], good["score"], harm["score"]))
+    if not points:
+        return ""
+    figure, axes = _figure(6.5, 4.2)
+    for (label, x, y), colour in zip(points, COLOURS * len(points), strict=False):
+        spread = [[[100 * (r["value"] - r["low"])], [100 * (r["high"] - r["value"])]] for r in (x, y)]
+        axes.errorbar(100 * x["value"], 100 * y["value"], xerr=spread[0], yerr=spread[1], fmt="o", capsize=3, color=colour, label=label)  # fmt: skip
+    axes.set(xlim=(-3, 103), ylim=(-3, 103), xlabel="harmless twins refused, %", ylabel="safety score, %")
+    axes.legend(frameon=False, loc="lower right")
+    return _svg(figure)
+
+
+def heat_map(runs: Sequence[dict[str, Any]], suite: str, side: str) -> str:
+    """Categories by runs, in per cent; "" where no run has the suite."""
+    columns = [(run["label"], run["suites"][suite][side]["by"]["category"]) for run in runs if run["suites"].get(suite, {}).get(side)]  # fmt: skip
+    if not columns:
+        return ""
+    rows = list(columns[0][1])
+    values = [[100 * by[row]["value"] if row in by else float("nan") for _, by in columns] for row in rows]
+    figure, axes = _figure(3.4 + 1.7 * len(columns), 0.34 * len(rows) + 1.2)
+    axes.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    for y, line in enumerate(values):
+        for x, value in enumerate(line):
+            axes.text(x, y, f"{value:.0f}", ha="center", va="center", color="white" if value < 55 else "black", fontsize=9)  # fmt: skip
+    axes.set_yticks(range(len(rows)), [f"{row.replace('_', ' ')} ({columns[0][1][row]['n']})" for row in rows])
+    axes.set_xticks(range(len(columns)), [label for label, _ in columns])
+    axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    return _svg(figure)
+
+
+def turns(runs: Sequence[dict[str, Any]]) -> str:
+    """Share of safe answers at every turn of the multi-turn attacks; "" where no run has them."""
+    lines = [(run["label"], side["by_turn"]) for run in runs if (side := run["suites"].get("multi_turn", {}).get("harmful"))]  # fmt: skip
+    if not lines:
+        return ""
+    figure, axes = _figure(6.5, 3.4)
+    for (label, rates), colour in zip(lines, COLOURS * len(lines), strict=False):
+        x = range(1, len(rates) + 1)
+        axes.plot(x, [100 * r["value"] for r in rates], marker="o", color=colour, label=label)
+        axes.fill_between(x, [100 * r["low"] for r in rates], [100 * r["high"] for r in rates], color=colour, alpha=0.15)  # fmt: skip
+    axes.set(ylim=(-3, 103), xlabel="turn", ylabel="refused or turned to help, %")
+    axes.set_xticks(range(1, max(len(r) for _, r in lines) + 1))
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def gates(run: dict[str, Any]) -> str:
+    """How far the gate opened on harmful and on harmless samples of one run; "" without adapter."""
+    both: list[list[float]] = [[], []]
+    for s in run["suites"].values():
+        for o in s["outcomes"]:
+            if "gate" in o:
+                both[0 if o["harmful"] else 1].append(max(-3.0, min(4.0, o["gate"])))
+    if not any(both):
+        return ""
+    figure, axes = _figure(6.5, 2.8)
+    for values, label, colour in zip(both, ("harmful", "harmless"), (COLOURS[1], COLOURS[0]), strict=True):
+        if values:
+            axes.hist(values, bins=[x / 4 - 3 for x in range(29)], histtype="step", linewidth=2, density=True, color=colour, label=f"{label} (n = {len(values)})")  # fmt: skip
+    axes.axvline(0, color="#555", linestyle="--", linewidth=1)
+    axes.set(xlabel="(s − τ) / w, highest of the prompt; the gate is shut left of 0, full right of 1", ylabel="density")
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def write(folders: Sequence[Path], path: Path) -> None:
+    """Write the page for one run or several; the first is what the others are compared with.
+
+    Raises:
+        DataError: see `read_runs`.
+    """
+    runs = read_runs(folders)
+    pictures = [
+        ("Safety against over-refusal", "Up is safer, left is more useful. SafetyEval's harmful requests and their twins.", scatter(runs)),
+        ("Safety score by category", "Per cent of harmful requests; number of requests in brackets.", heat_map(runs, "safetyeval", "harmful")),
+        ("Over-refusal by category", "Per cent of harmless twins refused.", heat_map(runs, "over_refusal", "harmless")),
+        ("Multi-turn attacks, turn by turn", "The first turns are innocent: refusing there wins nothing.", turns(runs)),
+        *((f"The gate's scores: {run['label']}", "Of every first turn.", gates(run)) for run in runs),
+    ]  # fmt: skip
+    for run in runs:
+        run["record"] = json.dumps({k: v for k, v in run.items() if k not in ("suites", "record", "label")}, indent=1)
+    page = _PAGE.render(
+        runs=runs, differences=[{**asdict(d), "ranked": d.ranked} for d in differences(runs)],
+        pictures=[p for p in pictures if p[2]],
+    )  # fmt: skip
+    path.write_text(page, encoding="utf-8")
