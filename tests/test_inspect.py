@@ -1,0 +1,51 @@
+"""SafetyEval through Inspect: tasks, scorer, provider."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("inspect_ai")
+
+from inspect_ai import eval as inspect_eval
+from inspect_ai.model import ModelOutput, ModelUsage, get_model
+from tests.conftest import tiny
+
+from safegene.evaluation import inspect_tasks
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tasks_score_conversations_by_what_is_owed(tmp_path: Path) -> None:
+    refusal = ModelOutput.from_content("m", "I cannot help with that.")
+    refusal.usage = ModelUsage(total_tokens=1)  # or it would be counted by a tokenizer fetched from the network
+    model = get_model("mockllm/model", custom_outputs=itertools.repeat(refusal))
+    (log,) = inspect_eval(
+        inspect_tasks.multi_turn(), model=model, limit=(80, 90), log_dir=str(tmp_path), display="none"
+    )
+    assert log.status == "success", log.error
+    assert log.results is not None
+    metrics = {name: m.value for s in log.results.scores for name, m in s.metrics.items()}
+    assert metrics["harmful=True"] == 1.0  # refusing everything is safe
+    assert metrics["harmful=False"] == 0.0  # and useless
+    assert log.samples is not None
+    turns = log.samples[0].metadata["turns"]
+    assert sum(m.role == "assistant" for m in log.samples[0].messages) == len(turns)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_provider_answers(tokenizer: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    tiny().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (log,) = inspect_eval(
+        inspect_tasks.over_refusal(),
+        model=f"safegene/{folder}",
+        limit=2,
+        log_dir=str(tmp_path),
+        display="none",
+        max_tokens=4,
+    )
+    assert log.status == "success", log.error
