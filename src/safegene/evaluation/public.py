@@ -184,6 +184,8 @@ def every_prompt(folder: Path) -> list[str]:
 if __name__ == "__main__":
     import sys
 
+    from safegene.evaluation import suite
     from safegene.training.contamination import digests
 
-    print("\n".join(sorted(digests(every_prompt(Path(sys.argv[1]))))))
+    own = [turn for s in suite.suites() if s.name != "jailbreak" for sample in s.make() for turn in sample.turns]
+    print("\n".join(sorted(digests(every_prompt(Path(sys.argv[1])) + own))))
