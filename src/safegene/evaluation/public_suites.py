@@ -84,8 +84,10 @@ def read_file(path: Path) -> Rows:
             table: Rows = parquet.read_table(path).to_pylist()
             return table
         text = path.read_text(encoding="utf-8")
-        if path.suffix == ".jsonl":
-            return [_row(json.loads(line)) for line in text.splitlines() if line.strip()]
+        lines = [line for line in text.splitlines() if line.strip()]
+        # Some authors give lines of JSON the name of a JSON file.
+        if path.suffix == ".jsonl" or (path.suffix == ".json" and len(lines) > 1 and _whole(lines[0])):
+            return [_row(json.loads(line)) for line in lines]
         if path.suffix == ".json":
             return [_row(row) for row in json.loads(text)]
     except ImportError as error:
@@ -93,6 +95,14 @@ def read_file(path: Path) -> Rows:
     except (OSError, UnicodeDecodeError, ValueError, TypeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read ({error}); fetch the data set again.") from error
     raise DataError(f"{path}: {path.suffix or 'no suffix'} is no format read here; give CSV, JSON, JSONL or Parquet.")
+
+
+def _whole(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _row(value: Any) -> dict[str, Any]:
@@ -158,7 +168,11 @@ def or_bench(rows: Rows) -> Iterable[Sample]:
         yield Sample(f"or_bench-{number:05d}", row["category"], toxic, (row["prompt"],), source="or_bench")
 
 
-@public_set("450 unsafe instructions over 45 topics (Xie et al. 2024)", "**/sorry_bench*.csv", "**/question.jsonl")
+@public_set(
+    "450 unsafe instructions over 45 topics (Xie et al. 2024)",
+    "**/sorry_bench*.csv",
+    "**/sorry-bench*/**/question.jsonl",
+)
 def sorry_bench(rows: Rows) -> Iterable[Sample]:
     def text(row: dict[str, Any]) -> str:
         return str(row["turns"][0] if isinstance(row["turns"], list) else row["turns"])
