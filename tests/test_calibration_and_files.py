@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import random_adapter, tiny
+from conftest import CONFIGS, random_adapter, tiny
 from safegene.adapter import Intervention, SafetyAdapter, intervene
 from safegene.attach import attach
-from safegene.calibration import Calibration, calibrate, end_of_turn, refused
+from safegene.calibration import Calibration, calibrate, end_of_turn, gate_features, refused
 from safegene.config import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig, Anchor
 from safegene.errors import AdapterFileError, CalibrationError, DriftError, ModelNotFoundError
 from safegene.gate import normalise
@@ -49,6 +49,19 @@ def test_end_of_turn_is_after_the_users_words(tokenizer: Any) -> None:
     ids, start = end_of_turn(tokenizer, "say hi", "ok")
     assert tokenizer.decode(ids[:start]).endswith("say hi")
     assert tokenizer.decode(ids[start:]) == "<s>[bot]ok"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_features_do_not_depend_on_the_company_they_are_read_in(name: str, tokenizer: Any) -> None:
+    model = tiny(name)
+    chats = [end_of_turn(tokenizer, text)[0] for text in ("hello", "what is 1 + 1", "hello again, and well met")]
+    together = dict(gate_features(model, (1, 3), chats, 0))  # the template's beginning is read once for all
+    for i, ids in enumerate(chats):
+        ((_, alone),) = gate_features(model, (1, 3), [ids], 0)
+        assert alone.shape == together[i].shape == (2, len(ids), 32)
+        torch.testing.assert_close(alone, together[i], atol=1e-4, rtol=1e-4)
+    ((_, lone),) = gate_features(model, (1,), [[7]], 0)
+    assert lone.shape == (1, 1, 32)
 
 
 def test_calibration_on_the_base_changes_little_and_realigns_a_shifted_model(tokenizer: Any) -> None:

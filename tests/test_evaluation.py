@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.conftest import tiny
 
+from conftest import tiny
 from safegene.cli import main
 from safegene.errors import DataError
 from safegene.evaluation import agreement, evaluate, judges, public_suites, runner, scores, suite

@@ -12,8 +12,8 @@ pytest.importorskip("inspect_ai")
 
 from inspect_ai import eval as inspect_eval
 from inspect_ai.model import ModelOutput, ModelUsage, get_model
-from tests.conftest import tiny
 
+from conftest import tiny
 from safegene.evaluation import inspect_tasks
 
 

@@ -17,6 +17,7 @@ from safegene.attach import attach
 from safegene.errors import DataError
 from safegene.training import contamination, data
 from safegene.training.arguments import TrainingArguments
+from safegene.training.finetune import finetune
 from safegene.training.gate_fit import gate_rows, read
 from safegene.training.targets import Targets, collate
 from safegene.training.trainer import common_prefix, train
@@ -144,3 +145,10 @@ def test_features_of_other_rows_are_not_taken_for_these(tokenizer: Any, tmp_path
     assert torch.equal(found.x, again.x)
     with pytest.raises(DataError, match="features of other text"):
         read(tiny(), (1, 2), gate_rows(tokenizer, pairs[2:4], [], {}, None), kept, tokenizer, lambda n: None)
+
+
+def test_a_fine_tune_generates_as_fast_as_its_base(tokenizer: Any) -> None:
+    model = tiny()
+    assert model.config.use_cache
+    tuned = finetune(model, tokenizer, [{"prompt": "hello", "answer": "world"}], None, steps=1)
+    assert tuned.config.use_cache  # the Trainer turns it off while it trains
