@@ -10,17 +10,19 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import tiny
+from conftest import CONFIGS, random_adapter, tiny
 from safegene import models
 from safegene.adapter import SafetyAdapter
 from safegene.attach import attach
+from safegene.calibration import Calibration
 from safegene.errors import DataError
 from safegene.training import contamination, data
 from safegene.training.arguments import TrainingArguments
 from safegene.training.finetune import finetune
 from safegene.training.gate_fit import gate_rows, read
+from safegene.training.open_gate import OpenGate, common_prefix
 from safegene.training.targets import Targets, collate
-from safegene.training.trainer import common_prefix, train
+from safegene.training.trainer import train
 
 SMALL = dict(
     gate_layers=(1, 2), intervention_layers=(2, 3), gate_width=4, rank=2, dtype="float32", frames_per_core=1,
@@ -116,6 +118,20 @@ def test_the_gate_opens_late_in_harmless_answers_alone(tokenizer: Any) -> None:
             begun = next(i for i, label in enumerate(row["labels"]) if label != -100)
             late[row["harmful"][0]] += 1 in row["opened"][begun:]
     assert late[1] == 0 < late[0]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_harmless_rows_are_compared_with_the_unadapted_model(name: str, tokenizer: Any) -> None:
+    model = tiny(name).requires_grad_(False)
+    adapter = random_adapter(model, tokenizer).requires_grad_(True)
+    gate = OpenGate(model, adapter, {"": Calibration.of_base(adapter)}, TrainingArguments(model="m", **SMALL))
+    ids = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 3, 4, 0], [5, 6, 9, 9, 9]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+    given, harmless = torch.ones(3, 3, 1), torch.tensor([False, True, True])
+    adapted, own = gate._hidden(ids, mask, 2, given, harmless)
+    plain = model.get_decoder()(input_ids=ids, attention_mask=mask).last_hidden_state[:, 2:-1]
+    torch.testing.assert_close(own, plain[harmless], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(adapted, plain, atol=1e-3)
 
 
 def test_common_prefix_stops_before_the_first_difference_or_open_gate() -> None:

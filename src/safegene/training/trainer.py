@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from safegene import models
-from safegene.adapter import SafetyAdapter, intervene
+from safegene.adapter import SafetyAdapter
 from safegene.attach import Handle
 from safegene.calibration import (
     Calibration,
@@ -25,14 +24,13 @@ from safegene.calibration import (
     calibrate,
     end_of_turn,
     feature_statistics,
-    fold_gate,
     labelled,
     read_anchors,
     refused,
 )
 from safegene.config import AdapterConfig, Anchor, AnchorLabel
 from safegene.errors import DataError
-from safegene.gate import Gate, open_hard
+from safegene.gate import Gate
 from safegene.progress import Progress, silent
 from safegene.training import contamination, data
 from safegene.training.arguments import TrainingArguments
@@ -40,125 +38,9 @@ from safegene.training.card import model_card
 from safegene.training.data import Pair
 from safegene.training.finetune import Report
 from safegene.training.gate_fit import GateFeatures, GateRow, fit, gate_rows, make_anchors, read, realign
+from safegene.training.open_gate import OpenGate
 from safegene.training.shadows import BASE, shadow_rows, teach_shadows, variant
 from safegene.training.targets import TARGET_FRAMES, Targets, collate
-
-STRENGTH_RANGE = (0.7, 2.2)
-"""α in training: calibration raises it on fine-tunes that pull harder (see `safegene.calibration`)."""
-
-HARMLESS_WEIGHT = 1.2
-"""Weight of the harmless rows' divergence beside the harmful rows' cross-entropy."""
-
-
-class OpenGate(nn.Module):
-    """The frozen base, or one of its shadows, with interventions and gate in place. Gradients reach the interventions alone.
-
-    Where a row says so the gate's value is given, not read: a misfire and a late opening have to be seen to be trained.
-    The base is kept out of the module tree: checkpoints hold the adapter only.
-    """
-
-    def __init__(
-        self, base: Any, adapter: SafetyAdapter, calibrations: dict[str, Calibration], arguments: TrainingArguments
-    ) -> None:
-        super().__init__()
-        self.interventions = adapter.interventions
-        self._base, self._layers = [base], len(adapter.config.gate_layers)
-        self._calibrations = calibrations
-        self._gates = {name: fold_gate(adapter, calibration) for name, calibration in calibrations.items()}
-        self._rng = random.Random(arguments.seed)
-        self._given: Tensor | None = None
-        self._variant, self._strength = BASE, 1.0
-        self._inner: Tensor | None = None
-        self._g = torch.empty(0)
-        stack = models.decoder_layers(base)
-        for index, layer in enumerate(adapter.config.gate_layers):
-            stack[layer].register_forward_hook(self._gate_hook(index))
-        for index, layer in enumerate(adapter.config.intervention_layers, self._layers):
-            stack[layer].register_forward_hook(self._hook(str(layer), index))
-
-    def _gate_hook(self, index: int) -> Any:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            if self._given is None:
-                return
-            gate = self._gates[self._variant]
-            hidden = output[0] if isinstance(output, tuple) else output
-            self._inner = gate.partial(hidden, index, self._inner if index else None)
-            if index == self._layers - 1:
-                self._g = torch.where(self._given < 0, open_hard(gate.opening(self._inner)), self._given)
-
-        return hook
-
-    def _hook(self, name: str, index: int) -> Any:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-            if self._given is None:
-                return None
-            hidden = output[0] if isinstance(output, tuple) else output
-            part: Any = self.interventions[name]
-            calibration = self._calibrations[self._variant]
-            weights = part.correction(calibration.shift[index], calibration.scale[index], self._strength)
-            changed = intervene(hidden, self._g, weights)
-            return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-        return hook
-
-    def _hidden(self, input_ids: Tensor, attention_mask: Tensor, start: int, given: Tensor | None) -> Tensor:
-        """Last hidden states from position `start` on, [rows, positions − start, d]; without `given`, unadapted."""
-        base = self._base[0]
-        # Every chat begins with the template's same tokens: they are read once, and no gradient reaches them.
-        with torch.no_grad():
-            cache = base(input_ids=input_ids[:1, :start], use_cache=True, logits_to_keep=1).past_key_values
-        cache.batch_repeat_interleave(len(input_ids))
-        self._given = given
-        try:
-            found: Tensor = (
-                models.unwrap(base)
-                .get_decoder()(input_ids=input_ids[:, start:], attention_mask=attention_mask, past_key_values=cache)
-                .last_hidden_state
-            )
-        finally:
-            self._given = None
-        return found[:, :-1]
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, opened: Tensor, harmful: Tensor
-    ) -> dict[str, Tensor]:
-        """Harmful rows: cross-entropy of the refusal. Harmless rows: KL divergence from the same model without adapter, so
-        that a misfire leads a fine-tune to its own answer and not to the base's.
-
-        Args:
-            labels: tokens of the answer, −100 elsewhere, [rows, positions].
-            opened: 1 gate open, 0 shut, −1 as it reads, [rows, positions].
-            harmful: [rows], bool.
-        """
-        base, start = self._base[0], common_prefix(input_ids, opened)
-        self._variant = self._rng.choice(list(self._calibrations))
-        self._strength = self._rng.uniform(*STRENGTH_RANGE) if self.training else 1.0
-        head = models.unwrap(base).get_output_embeddings()
-        keep = labels[:, start + 1 :] != -100
-        first = keep & (labels[:, start:-1] == -100)  # the first token settles whether the answer refuses
-        with variant(base, self._variant):
-            hidden = self._hidden(input_ids, attention_mask, start, opened[:, start:, None].float())
-            loss = torch.zeros((), device=hidden.device)
-            if bool(harmful.any()):
-                at = keep & harmful[:, None]
-                each = F.cross_entropy(head(hidden[at]).float(), labels[:, start + 1 :][at], reduction="none")
-                loss = loss + each.mean() + each[first[at]].mean()
-            if not bool(harmful.all()):
-                rest = ~harmful
-                with torch.no_grad():
-                    own = self._hidden(input_ids[rest], attention_mask[rest], start, None)[keep[rest]]
-                    wanted = head(own).float().log_softmax(-1)
-                at = keep & rest[:, None]
-                got = head(hidden[at]).float().log_softmax(-1)
-                apart = F.kl_div(got, wanted, log_target=True, reduction="none").sum(-1)
-                loss = loss + HARMLESS_WEIGHT * (apart.mean() + apart[first[at]].mean())
-        return {"loss": loss}
-
-
-def common_prefix(input_ids: Tensor, opened: Tensor) -> int:
-    """Number of leading positions, at least 1, that hold the same token in every row and a shut gate; [rows, positions]."""
-    differs = ((input_ids != input_ids[:1]) | (opened > 0)).any(0)
-    return max(1, int(differs.int().argmax()) if bool(differs.any()) else input_ids.shape[1] - 1)
 
 
 def train(
