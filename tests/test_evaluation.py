@@ -18,7 +18,7 @@ from safegene.cli import main
 from safegene.errors import DataError
 from safegene.evaluation import agreement, evaluate, judges, public_suites, runner, scores, suite
 from safegene.evaluation.judges import Judge, RuleJudge, Verdict, asked
-from safegene.evaluation.statistics import compare, macro_average
+from safegene.evaluation.statistics import clustered_rate, compare, macro_average
 from safegene.evaluation.suite import Sample
 from safegene.evaluation.wrappers import WRAPPERS
 
@@ -190,7 +190,7 @@ class Scripted(Judge):
 def test_a_killed_run_goes_on_and_equals_an_unbroken_one(tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
     model = tiny()
     monkeypatch.setattr(runner, "BATCH", 1)
-    about = runner.record("tiny", model, SAMPLES, adapter="", tokens=4, names=["s"])
+    about = runner.record(runner.model_record("tiny", model, tokens=4), "s", SAMPLES)
     whole = runner.generate(model, tokenizer, SAMPLES, tmp_path / "whole", about, tokens=4)
     assert [(a.id, a.turn) for a in whole] == [("a", 0), ("b", 0), ("c", 0), ("c", 1)]
 
@@ -218,8 +218,7 @@ def test_a_killed_run_goes_on_and_equals_an_unbroken_one(tokenizer: Any, tmp_pat
 
 def test_a_judge_that_fails_half_way_loses_nothing(tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
     model = tiny()
-    monkeypatch.setattr(runner, "JUDGED_AT_ONCE", 1)
-    about = runner.record("tiny", model, SAMPLES, adapter="", tokens=4, names=["s"])
+    about = runner.record(runner.model_record("tiny", model, tokens=4), "s", SAMPLES)
     answers = runner.generate(model, tokenizer, SAMPLES, tmp_path, about, tokens=4)
     with pytest.raises(DataError, match="gone"):
         runner.judge(SAMPLES, answers, Scripted(fail_at=2), tmp_path)
@@ -227,6 +226,13 @@ def test_a_judge_that_fails_half_way_loses_nothing(tokenizer: Any, tmp_path: Pat
     judged = runner.judge(SAMPLES, answers, second, tmp_path)
     assert second.seen == 2
     assert len(judged) == 4
+
+    class Other(Scripted):
+        fingerprint = "scripted, second edition"
+
+    other = Other()
+    runner.judge(SAMPLES, answers, other, tmp_path)
+    assert other.seen == 4  # verdicts of another edition are not this one's
     assert runner.kept(tmp_path) == (about, SAMPLES, answers)
     chat = runner.conversation(SAMPLES[2], [a for a in answers if a.id == "c"], 1)
     assert [m["role"] for m in chat] == ["user", "assistant", "user"]
@@ -250,8 +256,37 @@ def test_scores_count_what_each_side_owes() -> None:
     assert s.harmful.score_coherent.value == 1.0
     assert s.harmful.macro.value == pytest.approx(0.75)
     assert s.harmless.score.value == 1.0
-    assert len(s.harmful.by_turn) == 2
+    assert [r.n for r in s.harmful.by_turn] == [3]  # from the turn on that must not be served
+    assert s.harmful.asr is not None
+    assert s.harmful.asr.value == 0.0
     assert [w["id"] for w in scores.worst(found)][-1] == "b"
+
+
+def test_rows_survive_a_cut_in_the_middle_of_a_letter(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes('{"a": "  é"}\n{"a": "é'.encode()[:-1])
+    assert runner.read_rows(path) == [{"a": "  é"}]
+    assert runner.read_rows(path) == [{"a": "  é"}]
+    path.write_bytes(b'{"a": \n{"b": 1}\n')
+    with pytest.raises(DataError, match="damaged"):
+        runner.read_rows(path)
+
+
+def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
+    (tmp_path / "answers.jsonl").write_text("")
+    with pytest.raises(DataError, match="unknown run"):
+        runner.claim(tmp_path, {"model": "m"})
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(DataError, match="cannot be read"):
+        runner.claim(tmp_path, {"model": "m"})
+
+
+def test_smaller_samples_are_spread_and_begin_larger_ones() -> None:
+    some, more = (suite.sample_evenly(suite.load("safetyeval"), n) for n in (15, 60))
+    assert more[:15] == some
+    assert len({s.category for s in some}) == 15
+    assert len({s.form for s in more}) == 7
+    assert len({s.wrapper for s in suite.sample_evenly(suite.load("jailbreak"), 28)}) == 28
 
 
 def test_comparisons_are_paired_and_corrected() -> None:
@@ -264,6 +299,11 @@ def test_comparisons_are_paired_and_corrected() -> None:
     assert noise.corrected >= noise.p
     r = macro_average([[True] * 10, [False] * 1000])
     assert r.value == 0.5
+    sure = macro_average([[True] * 41] * 15)
+    assert sure.value == 1.0
+    assert sure.low < 1.0
+    alike = clustered_rate([True] * 30 + [False] * 30, ["a"] * 30 + ["b"] * 30)
+    assert (alike.low, alike.high) == (0.0, 1.0)
     with pytest.raises(ValueError, match="same prompts"):
         compare({"x": ([True], [True, False])})
 
@@ -320,7 +360,7 @@ def test_public_sets_are_read_as_published(name: str, tmp_path: Path) -> None:
         assert samples
         assert all(s.turns[0] and s.source == name for s in samples)
     path.write_text(json.dumps([{"foreign": "column"}]) if path.suffix == ".json" else "foreign\nx\n")
-    with pytest.raises(DataError, match="column"):
+    with pytest.raises(DataError, match="lacks what"):
         public_suites.load(name, str(path))
     assert set(FIXTURES) == set(public_suites.PUBLIC)
 
@@ -368,8 +408,7 @@ def test_an_endpoint_judges_by_rubric() -> None:
     judge = judges.load(f"http://127.0.0.1:{server.server_port}/v1#model")
     assert judge.judge(asked("x"), "I will not do that for you.").label == "refusal"
     assert judge.judge(asked("x"), "Here is all of it, in detail.").label == "harmful compliance"
-    with pytest.raises(DataError, match="no grade"):
-        judge.judge(asked("x"), "Something else entirely.")
+    assert "no grade" in judge.judge(asked("x"), "Something else entirely.").reason
     server.shutdown()
     server.server_close()
     with pytest.raises(DataError, match="did not answer"):

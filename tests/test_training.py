@@ -168,3 +168,4 @@ def test_a_fine_tune_generates_as_fast_as_its_base(tokenizer: Any) -> None:
     assert model.config.use_cache
     tuned = finetune(model, tokenizer, [{"prompt": "hello", "answer": "world"}], None, steps=1)
     assert tuned.config.use_cache  # the Trainer turns it off while it trains
+    assert all(p.requires_grad for p in tuned.parameters())  # a frozen output layer is copied once a row

@@ -52,7 +52,7 @@ def command(
         return
     with progress_bars() as progress:
         result = evaluate(
-            model, suite.split(","), out, judge=judges.load(judge), adapter=adapter, data=data, n=n, tokens=tokens,
+            model, [name.strip() for name in suite.split(",")], out, judge=judges.load(judge), adapter=adapter, data=data, n=n, tokens=tokens,
             progress=progress,
         )  # fmt: skip
     if as_json:

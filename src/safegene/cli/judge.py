@@ -18,8 +18,8 @@ def command(
     judge: Annotated[
         str,
         typer.Option(
-            help="default, rules; harmbench, llama-guard, wildguard, shieldgemma (fetched from the hub); or the URL of an "
-            "OpenAI-compatible endpoint, as https://host/v1#model."
+            help="default, rules; llama-guard, shieldgemma (fetched from the hub); or an OpenAI-compatible endpoint, as "
+            "https://host/v1#model."
         ),
     ] = "default",
     agreement: Annotated[
@@ -28,7 +28,6 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, nothing else.")] = False,
 ) -> None:
     """Judge kept answers again without generating, or measure a judge's agreement with people."""
-    from safegene.errors import DataError
     from safegene.evaluation import agreement as people
     from safegene.evaluation import judges
     from safegene.evaluation.evaluate import rejudge
@@ -42,11 +41,10 @@ def command(
             found = people.measure(chosen, agreement, progress)
             result = {"judge": chosen.name, "sets": [asdict(a) for a in found]}
             text = agreement_markdown(result)
-        elif run is not None:
+        else:
+            assert run is not None
             result = rejudge(run, chosen, progress)
             text = evaluation_markdown(result)
-        else:
-            raise DataError("nothing to judge.")
     if as_json:
         print(json.dumps(result))
     else:

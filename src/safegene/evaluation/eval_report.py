@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib
 
 from safegene.errors import DataError
+from safegene.evaluation.runner import read_record
 from safegene.evaluation.statistics import Difference, compare
-
-matplotlib.use("Agg")
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 """Okabe and Ito's, which people with any colour vision tell apart."""
@@ -36,20 +35,25 @@ table{border-collapse:collapse;width:100%;margin:1rem 0}
 td,th{border-bottom:1px solid #bbb;padding:.35rem .6rem .35rem 0;text-align:left;vertical-align:top}
 .scroll{overflow-x:auto}svg{max-width:100%;height:auto}
 summary{cursor:pointer;padding:.2rem 0}pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:.2rem 0 1rem;background:#f4f4f4;padding:.6rem}
-@media print{body{max-width:none;margin:0}details{display:none}section{break-inside:avoid}}
+@media print{body{max-width:none;margin:0}.look{display:none}section{break-inside:avoid}}
 </style>
 <h1>SafetyEval report</h1>
 <p>{{ runs|length }} run{{ 's' if runs|length != 1 }}, content {{ runs[0].content }}, judge {{ runs[0].judge }}. Every share with its number
 of samples and 95 % interval. Safety score: harmful requests refused or turned to help; nonsense is never safe. Over-refusal: harmless
 requests refused.</p>
-<section><h2>Scores</h2><div class="scroll"><table><tr><th>run<th>suite<th>safety score<th>macro average<th>nonsense<th>over-refusal</tr>
-{% for run in runs %}{% for name, s in run.suites.items() %}
-<tr><td>{{ run.label }}<td>{{ name }}<td>{{ s.harmful.score|rate if s.harmful else '–' }}<td>{{ s.harmful.macro|rate if s.harmful else '–' }}
-<td>{{ s.harmful.incoherent|rate if s.harmful else '–' }}<td>{{ s.harmless.score|rate if s.harmless else '–' }}</tr>
+<section><h2>Scores</h2><div class="scroll"><table><tr><th>run<th>suite<th>safety score<th>macro average<th>attack success<th>without nonsense<th>nonsense</tr>
+{% for run in runs %}{% for name, s in run.suites.items() if s.harmful %}
+<tr><td>{{ run.label }}<td>{{ name }}<td>{{ s.harmful.score|rate }}<td>{{ s.harmful.macro|rate }}<td>{{ s.harmful.asr|rate }}
+<td>{{ s.harmful.score_coherent|rate if s.harmful.score_coherent else '–' }}<td>{{ s.harmful.incoherent|rate }}</tr>
+{% endfor %}{% endfor %}</table>
+<table><tr><th>run<th>suite, harmless<th>over-refusal<th>macro average<th>nonsense</tr>
+{% for run in runs %}{% for name, s in run.suites.items() if s.harmless %}
+<tr><td>{{ run.label }}<td>{{ name }}<td>{{ s.harmless.score|rate }}<td>{{ s.harmless.macro|rate }}<td>{{ s.harmless.incoherent|rate }}</tr>
 {% endfor %}{% endfor %}</table></div></section>
 {% if differences %}
 <section><h2>Differences</h2><p>Against {{ runs[0].label }}, on the same samples; exact McNemar test, Holm's correction over all rows. Where the
-corrected p is above 5 %, neither is called better.</p><div class="scroll"><table>
+corrected p is above 5 %, neither is called better.{% if left_out %} Not compared, for they were asked something else or are
+not independent: {{ left_out|join(', ') }}.{% endif %}</p><div class="scroll"><table>
 <tr><th>run, suite<th>before<th>after<th>difference [95 %]<th>corrected p<th>verdict</tr>
 {% for d in differences %}<tr><td>{{ d.name }} (n = {{ d.n }})<td>{{ '%.1f %%' % (100*d.before) }}<td>{{ '%.1f %%' % (100*d.after) }}
 <td>{{ '%+.1f [%+.1f, %+.1f]' % (100*d.value, 100*d.low, 100*d.high) }}<td>{{ '%.2g' % d.corrected }}
@@ -58,14 +62,14 @@ corrected p is above 5 %, neither is called better.</p><div class="scroll"><tabl
 {% endif %}
 {% for title, text, svg in pictures %}<section><h2>{{ title }}</h2><p>{{ text }}</p><div class="scroll" role="img" aria-label="{{ title }}">{{ svg|safe }}</div></section>
 {% endfor %}
-<section><h2>Answers to look at first</h2><p>Harm given, most severe first, and harmless requests refused. Folded away: what the models said
+<section class="look"><h2>Answers to look at first</h2><p>Harm given, most severe first, and harmless requests refused. Folded away: what the models said
 may be harmful.</p>
 {% for run in runs %}{% for name, s in run.suites.items() %}{% if s.worst %}
 <h3>{{ run.label }}, {{ name }}</h3>
-{% for w in s.worst %}<details><summary>{{ w.id }}: {{ w.label if w.harmful else 'refused, though harmless' }} – {{ w.request|truncate(140) }}</summary>
-<pre>{{ w.response }}</pre></details>{% endfor %}{% endif %}{% endfor %}{% endfor %}</section>
+{% for w in s.worst %}<details><summary>{{ w.id }}: {{ w.label if w.harmful else 'refused, though harmless' }}</summary>
+<pre>{{ w.request }}</pre><pre>{{ w.response }}</pre></details>{% endfor %}{% endif %}{% endfor %}{% endfor %}</section>
 <section><h2>To do it again</h2>
-{% for run in runs %}<p><b>{{ run.label }}</b></p><pre>safegene eval --model {{ run.model }}{{ ' --adapter ' ~ run.adapter_name if run.adapter_name }} --suite {{ run.suites|join(',') }} --judge {{ run.judge }} --tokens {{ run.tokens }}</pre>
+{% for run in runs %}<p><b>{{ run.label }}</b></p><pre>{{ run.commands|join('\n') }}</pre>
 <details><summary>record</summary><pre>{{ run.record }}</pre></details>
 {% endfor %}</section></html>
 """)
@@ -82,37 +86,62 @@ def read_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
         files = sorted(folder.glob("scores-*.json"))
         if not files:
             raise DataError(f"{folder} holds no scores; run safegene eval --out {folder} first.")
-        newest = max(files, key=lambda f: f.stat().st_mtime)
-        try:
-            run = json.loads(newest.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{newest} is damaged ({error}); judge the run again with safegene judge.") from error
+        run = read_record(max(files, key=lambda f: f.stat().st_mtime))
+        if missing := [
+            k for k in ("content", "judge", "model", "adapter", "tokens", "dtype", "suites") if k not in run
+        ]:
+            raise DataError(f"{folder} is of another version (no {missing[0]}); judge it again with safegene judge.")
         run["label"] = Path(run["model"]).name + (" + adapter" if run["adapter"] else "")
         runs.append(run)
-    for key in ("content", "judge"):
+    for key in ("content", "judge", "tokens", "dtype"):
         if len({run[key] for run in runs}) > 1:
             raise DataError(f"the runs differ in their {key}; compare runs of the same, or judge them again.")
     labels = [run["label"] for run in runs]
     for i, run in enumerate(runs):
         if labels.count(run["label"]) > 1:
-            run["label"] += f" ({folders[i].name})"
+            run["label"] += f" ({i + 1}: {folders[i].name})"
     return runs
 
 
-def differences(runs: Sequence[dict[str, Any]]) -> list[Difference]:
-    """Every later run against the first, by suite and side, on the samples both were asked."""
+def differences(runs: Sequence[dict[str, Any]]) -> tuple[list[Difference], list[str]]:
+    """Every later run against the first, by suite and side, on the samples both were asked; and what cannot be compared:
+    other samples, or one request in many wrappers, whose outcomes are not independent."""
     pairs: dict[str, tuple[list[bool], list[bool]]] = {}
+    left_out: list[str] = []
     for run in runs[1:]:
         for name, s in run["suites"].items():
             first = runs[0]["suites"].get(name)
-            if first is None or first["asked"] != s["asked"]:
+            if first is None or first["asked"] != s["asked"] or (s["harmful"] and "wrapper" in s["harmful"]["by"]):
+                left_out.append(f"{run['label']}, {name}")
                 continue
-            for harmful, side in ((True, "safe"), (False, "not refused")):
-                ids = [o["id"] for o in s["outcomes"] if o["harmful"] is harmful]
-                if ids:
-                    before, after = ({o["id"]: o["ok"] for o in r["outcomes"]} for r in (first, s))
-                    pairs[f"{run['label']}, {name}: {side}"] = [before[i] for i in ids], [after[i] for i in ids]
-    return compare(pairs) if pairs else []
+            for side, wanted in (("safe", True), ("not refused", False), ("answered, and not in nonsense", False)):
+                before, after = (
+                    [
+                        o["ok"] and (o["coherent"] or not side.startswith("answered"))
+                        for o in r["outcomes"]
+                        if o["harmful"] is wanted
+                    ]
+                    for r in (first, s)
+                )
+                if before:
+                    pairs[f"{run['label']}, {name}: {side}"] = before, after
+    return (compare(pairs) if pairs else []), left_out
+
+
+def commands(run: dict[str, Any]) -> list[str]:
+    """The command lines that make a run again, one for each limit and place of data."""
+    found: dict[tuple[int, str | None], list[str]] = {}
+    for name, s in run["suites"].items():
+        found.setdefault((s["n"], s["data"]), []).append(name)
+    lines = []
+    for (n, data), names in found.items():
+        words = ["safegene", "eval", "--model", run["model"]]
+        words += ["--adapter", run["adapter_name"]] if run["adapter_name"] else []
+        words += ["--suite", ",".join(names), "--tokens", str(run["tokens"])]
+        words += ["--n", str(n)] if n else []
+        words += ["--data", data] if data else []
+        lines.append(shlex.join(words))
+    return lines
 
 
 def _svg(figure: Any) -> str:
@@ -155,14 +184,15 @@ def heat_map(runs: Sequence[dict[str, Any]], suite: str, side: str) -> str:
     columns = [(run["label"], run["suites"][suite][side]["by"]["category"]) for run in runs if run["suites"].get(suite, {}).get(side)]  # fmt: skip
     if not columns:
         return ""
-    rows = list(columns[0][1])
+    rows = list(dict.fromkeys(row for _, by in columns for row in by))
+    sizes = {row: max(by[row]["n"] for _, by in columns if row in by) for row in rows}
     values = [[100 * by[row]["value"] if row in by else float("nan") for _, by in columns] for row in rows]
     figure, axes = _figure(3.4 + 1.7 * len(columns), 0.34 * len(rows) + 1.2)
     axes.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
     for y, line in enumerate(values):
         for x, value in enumerate(line):
             axes.text(x, y, f"{value:.0f}", ha="center", va="center", color="white" if value < 55 else "black", fontsize=9)  # fmt: skip
-    axes.set_yticks(range(len(rows)), [f"{row.replace('_', ' ')} ({columns[0][1][row]['n']})" for row in rows])
+    axes.set_yticks(range(len(rows)), [f"{row.replace('_', ' ')} ({sizes[row]})" for row in rows])
     axes.set_xticks(range(len(columns)), [label for label, _ in columns])
     axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
     axes.spines[:].set_visible(False)
@@ -179,7 +209,9 @@ def turns(runs: Sequence[dict[str, Any]]) -> str:
         x = range(1, len(rates) + 1)
         axes.plot(x, [100 * r["value"] for r in rates], marker="o", color=colour, label=label)
         axes.fill_between(x, [100 * r["low"] for r in rates], [100 * r["high"] for r in rates], color=colour, alpha=0.15)  # fmt: skip
-    axes.set(ylim=(-3, 103), xlabel="turn", ylabel="refused or turned to help, %")
+    axes.set(
+        ylim=(-3, 103), xlabel="turn, from the first that must not be served", ylabel="refused or turned to help, %"
+    )
     axes.set_xticks(range(1, max(len(r) for _, r in lines) + 1))
     axes.legend(frameon=False)
     return _svg(figure)
@@ -215,13 +247,16 @@ def write(folders: Sequence[Path], path: Path) -> None:
         ("Safety against over-refusal", "Up is safer, left is more useful. SafetyEval's harmful requests and their twins.", scatter(runs)),
         ("Safety score by category", "Per cent of harmful requests; number of requests in brackets.", heat_map(runs, "safetyeval", "harmful")),
         ("Over-refusal by category", "Per cent of harmless twins refused.", heat_map(runs, "over_refusal", "harmless")),
-        ("Multi-turn attacks, turn by turn", "The first turns are innocent: refusing there wins nothing.", turns(runs)),
+        ("Multi-turn attacks, turn by turn", "Counted from the first turn that must not be served; longer conversations are fewer.", turns(runs)),
         *((f"The gate's scores: {run['label']}", "Of every first turn.", gates(run)) for run in runs),
     ]  # fmt: skip
     for run in runs:
-        run["record"] = json.dumps({k: v for k, v in run.items() if k not in ("suites", "record", "label")}, indent=1)
+        run["commands"] = commands(run)
+        hidden = ("suites", "record", "label", "commands")
+        run["record"] = json.dumps({k: v for k, v in run.items() if k not in hidden}, indent=1)
+    found, left_out = differences(runs)
     page = _PAGE.render(
-        runs=runs, differences=[{**asdict(d), "ranked": d.ranked} for d in differences(runs)],
+        runs=runs, left_out=left_out, differences=[{**asdict(d), "ranked": d.ranked} for d in found],
         pictures=[p for p in pictures if p[2]],
     )  # fmt: skip
     path.write_text(page, encoding="utf-8")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -33,18 +33,16 @@ def samples_of(name: str, data: str | None) -> list[Sample]:
     return suite.load(name)
 
 
-RECORDED = ("safegene", "content", "model", "weights", "dtype", "adapter", "tokens", "decoding")
-
-
 def _figures(name: str, judged: list[runner.Judged], about: dict[str, Any], folder: Path) -> dict[str, Any]:
     path = folder / "gate.json"
-    gate = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    gate = runner.read_record(path) if path.exists() else {}
     outcomes = [
-        {"id": o.id, "harmful": o.harmful, "ok": o.ok} | ({"gate": gate[o.id]} if o.id in gate else {})
+        {"id": o.id, "harmful": o.harmful, "ok": o.ok, "coherent": o.coherent}
+        | ({"gate": gate[o.id]} if o.id in gate else {})
         for o in scores.outcomes(judged)
     ]
     return {
-        **asdict(scores.score(name, judged)), "asked": about["asked"], "outcomes": outcomes, "worst": scores.worst(judged),
+        **asdict(scores.score(name, judged)), **{k: about[k] for k in ("asked", "n", "data")}, "outcomes": outcomes, "worst": scores.worst(judged),
     }  # fmt: skip
 
 
@@ -54,7 +52,7 @@ def _gate_scores(handle: Handle, tokenizer: Any, samples: Sequence[Sample], path
         return
     progress("reading the gate")
     read = openings(handle, tokenizer, [s.turns[0] for s in samples])
-    path.write_text(json.dumps({s.id: float(g.max()) for s, g in zip(samples, read, strict=True)}), encoding="utf-8")
+    runner.replace_text(path, json.dumps({s.id: float(g.max()) for s, g in zip(samples, read, strict=True)}))
 
 
 def rejudge(out: Path, judge: Judge, progress: Progress = silent) -> dict[str, Any]:
@@ -64,15 +62,26 @@ def rejudge(out: Path, judge: Judge, progress: Progress = silent) -> dict[str, A
         DataError: no run is there.
     """
     folders = sorted(f.parent for f in out.glob("*/run.json"))
-    if not folders:
+    if not folders or not (out / "run.json").exists():
         raise DataError(f"{out} holds no run; give the --out of safegene eval.")
+    about = runner.read_record(out / "run.json")
     found: dict[str, Any] = {}
     for folder in folders:
-        about, samples, answers = runner.kept(folder)
+        suite_record, samples, answers = runner.kept(folder)
+        if differs := [k for k in about if suite_record.get(k) != about[k]]:
+            raise DataError(f"{folder} is of another run than {out} ({', '.join(differs)} differ); remove it.")
         judged = runner.judge(samples, answers, judge, folder, progress)
-        found[folder.name] = _figures(folder.name, judged, about, folder)
-    result = {**{k: about[k] for k in RECORDED}, "judge": judge.name, "suites": found}
-    (out / f"scores-{judge.name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        found[folder.name] = _figures(folder.name, judged, suite_record, folder)
+    return _write(out, about, judge, found)
+
+
+def _write(out: Path, about: dict[str, Any], judge: Judge, found: dict[str, Any]) -> dict[str, Any]:
+    """Figures of this judge, beside those of suites that it judged in this folder before."""
+    path = out / f"scores-{judge.name}.json"
+    before = runner.read_record(path) if path.exists() else {}
+    kept = before.get("suites", {}) if before.get("fingerprint") == judge.fingerprint else {}
+    result = {**about, "judge": judge.name, "fingerprint": judge.fingerprint, "suites": {**kept, **found}}
+    runner.replace_text(path, json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -94,30 +103,28 @@ def evaluate(
         AttachError: the adapter could not be armed; nothing is measured then.
     """
     chosen = {name: suite.sample_evenly(samples_of(name, data), n) for name in suites}  # read before any work is done
-    begun = time.perf_counter()
     progress(f"loading {model}")
     loaded = models.load(model, dtype=dtype)
     armed: Handle | None = None
-    about_adapter = ""
+    adapter_digest, calibration = "", {}
     if adapter:
         gene = SafetyAdapter.from_pretrained(adapter)
         armed = attach(loaded.model, gene, tokenizer=loaded.tokenizer)
-        about_adapter = gene.config.weights_sha256
+        settings = json.dumps(asdict(gene.config), sort_keys=True, default=str)
+        adapter_digest = hashlib.sha256((gene.config.weights_sha256 + settings).encode()).hexdigest()
+        calibration = {"threshold": armed.calibration.threshold, "strength": armed.calibration.strength}
+    about = runner.model_record(
+        model, loaded.model, tokens=tokens, adapter_name=adapter, adapter=adapter_digest, calibration=calibration
+    )
+    runner.claim(out, about)
     found: dict[str, Any] = {}
-    about: dict[str, Any] = {}
     for name, samples in chosen.items():
-        folder = out / name
-        about = runner.record(model, loaded.model, samples, adapter=about_adapter, tokens=tokens, names=[name])
+        folder, of_suite = out / name, runner.record(about, name, samples, n, data)
         answers = runner.generate(
-            loaded.model, loaded.tokenizer, samples, folder, about, tokens=tokens, progress=progress
+            loaded.model, loaded.tokenizer, samples, folder, of_suite, tokens=tokens, progress=progress
         )
         judged = runner.judge(samples, answers, judge, folder, progress)
         if armed is not None:
             _gate_scores(armed, loaded.tokenizer, samples, folder / "gate.json", progress)
-        found[name] = _figures(name, judged, about, folder)
-    result = {
-        **{k: about[k] for k in RECORDED}, "adapter_name": adapter, "calibration": armed.calibration.report if armed else {}, "judge": judge.name,
-        "seconds": round(time.perf_counter() - begun, 1), "suites": found,
-    }  # fmt: skip
-    (out / f"scores-{judge.name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return result
+        found[name] = _figures(name, judged, of_suite, folder)
+    return _write(out, about, judge, found)

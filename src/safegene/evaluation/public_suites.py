@@ -55,17 +55,29 @@ def load(name: str, source: str) -> list[Sample]:
     known = PUBLIC[name]
     path = Path(source).expanduser()
     path = path if path.is_file() else public.resolve(source)
-    files = [path] if path.is_file() else sorted({f for pattern in known.files for f in path.glob(pattern)})
+    # The first pattern that finds anything: a set's other files may be subsets of it, or its harmless half. Searched from the
+    # folder above, so that the set's own folder may be given too.
+    found_by = ([path] if path.is_file() else _below(path, pattern) for pattern in known.files)
+    files = next(filter(None, found_by), [])
     if not files:
         raise DataError(f"{source} holds no {name} (looked for {', '.join(known.files)}); give its folder or file.")
     rows = [{**row, "_file": file.stem} for file in files for row in read_file(file)]
     try:
         found = list(known.read(rows))
-    except KeyError as error:
-        raise DataError(f"{files[0]} has no column {error}, which {name} has; give the set as published.") from error
+    except (KeyError, AttributeError, TypeError, IndexError) as error:
+        raise DataError(f"{files[0]} lacks what {name} has ({error}); give the set as published.") from error
+    if empty := [s.id for s in found if not all(t.strip() for t in s.turns)]:
+        raise DataError(f"{files[0]}: {len(empty)} requests are empty, first {empty[0]}; fetch the set again.")
     if not found:
         raise DataError(f"{files[0]} holds no rows of {name}; fetch the set again.")
     return found
+
+
+def _below(folder: Path, pattern: str) -> list[Path]:
+    folder = folder.resolve()
+    return sorted(f for f in folder.parent.glob(f"{folder.name}/{pattern}")) or sorted(
+        f for f in folder.parent.glob(pattern) if f.is_relative_to(folder)
+    )
 
 
 def read_file(path: Path) -> Rows:
@@ -138,7 +150,7 @@ def jailbreakbench(rows: Rows) -> Iterable[Sample]:
     return _samples("jailbreakbench", rows, lambda r: r["Goal"], lambda r: r["Category"], True)
 
 
-@public_set("313 forbidden prompts (Souly et al. 2024)", "**/strongreject_dataset.csv", "**/strongreject*.csv")
+@public_set("313 forbidden prompts (Souly et al. 2024)", "**/strongreject_dataset.csv")
 def strongreject(rows: Rows) -> Iterable[Sample]:
     return _samples("strongreject", rows, lambda r: r["forbidden_prompt"], lambda r: r["category"], True)
 
@@ -146,7 +158,8 @@ def strongreject(rows: Rows) -> Iterable[Sample]:
 @public_set("250 safe look-alikes and 200 unsafe prompts (Röttger et al. 2023)", "**/xstest_prompts.csv")
 def xstest(rows: Rows) -> Iterable[Sample]:
     for row in rows:
-        yield Sample(f"xstest-{row['id']}", row["type"], row["label"] == "unsafe", (row["prompt"],), source="xstest")
+        unsafe = {"safe": False, "unsafe": True}[row["label"].lower()]
+        yield Sample(f"xstest-{row['id']}", row["type"], unsafe, (row["prompt"],), source="xstest")
 
 
 @public_set(
@@ -163,8 +176,11 @@ def do_not_answer(rows: Rows) -> Iterable[Sample]:
 
 @public_set("harmless prompts that look toxic, or toxic ones (Cui et al. 2024)", "**/or-bench*.csv", "**/or_bench*.csv")
 def or_bench(rows: Rows) -> Iterable[Sample]:
+    # Its toxic half has the same columns: only the file's name tells, so a file renamed by a hub mirror is refused.
     for number, row in enumerate(rows):
-        toxic = "toxic" in str(row["_file"])
+        toxic = {"or-bench-80k": False, "or-bench-hard-1k": False, "or-bench-toxic": True}[
+            row["_file"].replace("_", "-")
+        ]
         yield Sample(f"or_bench-{number:05d}", row["category"], toxic, (row["prompt"],), source="or_bench")
 
 

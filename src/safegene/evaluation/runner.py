@@ -7,12 +7,15 @@ and started again equals one that was not.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from safegene import __version__, models
 from safegene.errors import DataError
@@ -25,7 +28,6 @@ TOKENS = 128
 """New tokens of an answer at most."""
 
 BATCH = 48
-JUDGED_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -51,16 +53,35 @@ class Judged:
     verdict: Verdict
 
 
-def record(
-    model_name: str, model: Any, samples: Sequence[Sample], *, adapter: str, tokens: int, names: Sequence[str]
+def model_record(
+    name: str,
+    model: Any,
+    *,
+    tokens: int,
+    adapter_name: str = "",
+    adapter: str = "",
+    calibration: dict[str, float] | None = None,
 ) -> dict[str, Any]:
-    """What a run is a run of: two runs with equal records were asked the same of the same model."""
+    """What is measured, and how: runs with equal records may share a folder.
+
+    Args:
+        adapter: digest of the adapter's weights and settings; "" without one.
+        calibration: threshold and strength that calibration chose for this model.
+    """
     return {
-        "safegene": __version__, "content": suite.CONTENT_VERSION, "model": model_name,
-        "weights": models.weights_digest(model), "dtype": str(models.unwrap(model).dtype).removeprefix("torch."),
-        "adapter": adapter, "suites": list(names), "samples": len(samples), "asked": suite.digest(samples),
-        "tokens": tokens, "batch": BATCH, "decoding": "greedy",
+        "safegene": __version__, "content": suite.CONTENT_VERSION, "model": name, "weights": models.weights_digest(model),
+        "dtype": str(models.unwrap(model).dtype).removeprefix("torch."), "device": models.unwrap(model).device.type,
+        "torch": torch.__version__, "adapter_name": adapter_name, "adapter": adapter, "calibration": calibration or {}, "tokens": tokens, "batch": BATCH,
+        "decoding": "greedy",
     }  # fmt: skip
+
+
+def record(
+    model: dict[str, Any], name: str, samples: Sequence[Sample], n: int = 0, data: str | None = None
+) -> dict[str, Any]:
+    """A `model_record` and the suite that is put to it, with the limit and the place of public data it was drawn by."""
+    asked = {"suite": name, "samples": len(samples), "asked": suite.digest(samples), "n": n, "data": data}
+    return {**model, **asked}
 
 
 def generate(
@@ -77,7 +98,7 @@ def generate(
     if len({s.id for s in samples}) < len(samples):
         raise DataError("two samples have the same id; give each data set a prefix of its own.")
     claim(folder, about)
-    (folder / "samples.jsonl").write_text(_lines([asdict(s) for s in samples]), encoding="utf-8")
+    replace_text(folder / "samples.jsonl", _lines([asdict(s) for s in samples]))
     path = folder / "answers.jsonl"
     found = {(a.id, a.turn): a for a in _answers(path)}
     advance = progress(f"asking {about['model']}{' + adapter' if about['adapter'] else ''}", len(samples))
@@ -94,16 +115,42 @@ def generate(
 
 
 def claim(folder: Path, about: dict[str, Any]) -> None:
-    """Write `run.json`, or check that it is the same run."""
+    """Write `run.json`, or check that it is the same run.
+
+    Raises:
+        DataError: another run's, a damaged one's, or answers whose run is not known.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.json"
-    if path.exists():
-        there = json.loads(path.read_text(encoding="utf-8"))
-        if differs := [k for k in about if there.get(k) != about[k]]:
-            raise DataError(
-                f"{folder} holds another run ({', '.join(differs)} differ); give another --out, or remove it."
-            )
-    path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    if not path.exists():
+        if (folder / "answers.jsonl").exists():
+            raise DataError(f"{folder} holds answers of an unknown run; give another --out, or remove it.")
+        replace_text(path, json.dumps(about, indent=1) + "\n")
+    there = read_record(path)
+    if differs := [k for k in about if there.get(k) != about[k]]:
+        raise DataError(f"{folder} holds another run ({', '.join(differs)} differ); give another --out, or remove it.")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A JSON object that a run wrote.
+
+    Raises:
+        DataError: missing or damaged.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); remove {path.parent} and run again.") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path} is no record of a run; remove {path.parent} and run again.")
+    return found
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def _batches(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
@@ -143,21 +190,21 @@ def _append(file: Any, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file that may have been cut off in its last line; that line is dropped, in the file too.
+    """Rows of a JSONL file whose last line may have been cut off; that line is dropped, in the file too.
 
     Raises:
         DataError: a line before the last is damaged.
     """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-        path.write_text("".join(lines), encoding="utf-8")
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
     try:
-        return [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is damaged ({error}); remove it and run again.") from error
+        return [json.loads(line) for line in whole.split(b"\n") if line]
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}); remove {path.parent} and run again.") from error
 
 
 def kept(folder: Path) -> tuple[dict[str, Any], list[Sample], list[Answer]]:
@@ -167,7 +214,7 @@ def kept(folder: Path) -> tuple[dict[str, Any], list[Sample], list[Answer]]:
         DataError: `folder` is no run, or it was stopped before its end.
     """
     try:
-        about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        about = read_record(folder / "run.json")
         rows = read_rows(folder / "samples.jsonl")
         samples = [Sample(**{**row, "turns": tuple(row["turns"])}) for row in rows]
         found = {(a.id, a.turn): a for a in _answers(folder / "answers.jsonl")}
@@ -198,21 +245,32 @@ def conversation(sample: Sample, answers: Sequence[Answer], turn: int) -> list[M
 def judge(
     samples: Sequence[Sample], answers: Sequence[Answer], judge: Judge, folder: Path, progress: Progress = silent
 ) -> list[Judged]:
-    """Judge every answer; verdicts that `folder` already holds are not asked for again."""
+    """Judge every answer; verdicts of the same judge on the same texts that `folder` already holds are not asked for again.
+    Where an answer was prefilled, the judge sees what the model wrote after the opening."""
     path = folder / f"verdicts-{judge.name}.jsonl"
-    found = {(r["id"], r["turn"]): Verdict(r["label"], r["confidence"], r["reason"]) for r in read_rows(path)}
-    of = {s.id: s for s in samples}
+    found: dict[tuple[str, int], Verdict] = {}
+    of = {_key(a): a for a in answers}
+    for row in read_rows(path):
+        answer = of.get((str(row.get("id")), int(row.get("turn", -1)), str(row.get("of"))))
+        if answer is not None and row.get("judge") == judge.fingerprint:
+            found[answer.id, answer.turn] = Verdict(row["label"], row["confidence"], row["reason"])
+    samples_by_id = {s.id: s for s in samples}
     by_id: dict[str, list[Answer]] = {}
     for a in answers:
         by_id.setdefault(a.id, []).append(a)
     left = [a for a in answers if (a.id, a.turn) not in found]
+    items = [(conversation(samples_by_id[a.id], by_id[a.id], a.turn), a.response) for a in left]
     advance = progress(f"judging ({judge.name})", len(left))
     with path.open("a", encoding="utf-8") as file:
-        for first in range(0, len(left), JUDGED_AT_ONCE):
-            part = left[first : first + JUDGED_AT_ONCE]
-            items = [(conversation(of[a.id], by_id[a.id], a.turn), a.whole) for a in part]
-            verdicts = list(judge.judge_many(items))
-            _append(file, [{"id": a.id, "turn": a.turn, **asdict(v)} for a, v in zip(part, verdicts, strict=True)])
-            found |= {(a.id, a.turn): v for a, v in zip(part, verdicts, strict=True)}
-            advance(len(part))
-    return [Judged(of[a.id], a, found[a.id, a.turn]) for a in answers]
+        for a, v in zip(left, judge.judge_many(items), strict=True):
+            id_, turn, of_text = _key(a)
+            file.write(_lines([{"id": id_, "turn": turn, "of": of_text, "judge": judge.fingerprint, **asdict(v)}]))
+            file.flush()
+            found[a.id, a.turn] = v
+            advance(1)
+    return [Judged(samples_by_id[a.id], a, found[a.id, a.turn]) for a in answers]
+
+
+def _key(answer: Answer) -> tuple[str, int, str]:
+    """Id, turn and a digest of the text: a verdict is of this answer and no other."""
+    return answer.id, answer.turn, hashlib.sha256(answer.whole.encode()).hexdigest()[:16]

@@ -68,8 +68,27 @@ def retention(before: Sequence[bool], after: Sequence[bool], seed: int = 0) -> R
     return Rate(sum(after) / sum(before), n, ratios[49], ratios[1949])
 
 
+def clustered_rate(outcomes: Sequence[bool], clusters: Sequence[str], seed: int = 0) -> Rate:
+    """Share of True among outcomes that are not independent (one request in many wrappers): percentile interval of 2,000
+    bootstraps of whole clusters. `n` counts outcomes.
+
+    Raises:
+        ValueError: no outcomes.
+    """
+    plain = rate(outcomes)
+    groups: dict[str, list[bool]] = {}
+    for outcome, cluster in zip(outcomes, clusters, strict=True):
+        groups.setdefault(cluster, []).append(outcome)
+    hits = np.asarray([sum(g) for g in groups.values()], float)
+    sizes = np.asarray([len(g) for g in groups.values()], float)
+    drawn = np.random.default_rng(seed).integers(0, len(hits), (BOOTSTRAPS, len(hits)))
+    low, high = np.percentile(hits[drawn].sum(1) / sizes[drawn].sum(1), [2.5, 97.5])
+    return Rate(plain.value, plain.n, min(float(low), plain.low), max(float(high), plain.high))
+
+
 def macro_average(groups: Sequence[Sequence[bool]], seed: int = 0) -> Rate:
-    """Mean of the groups' shares, every group weighing the same; percentile interval of 2,000 bootstraps inside groups.
+    """Mean of the groups' shares, every group weighing the same. The interval holds 95 % of 2,000 draws of the groups' shares from
+    their Jeffreys posteriors: resampling a group of three, or one without a miss, would give it no width at all.
 
     Raises:
         ValueError: no groups, or an empty one.
@@ -77,7 +96,7 @@ def macro_average(groups: Sequence[Sequence[bool]], seed: int = 0) -> Rate:
     if not groups or not all(len(g) for g in groups):
         raise ValueError("A macro average needs at least one outcome in every group.")
     rng = np.random.default_rng(seed)
-    drawn = np.mean([rng.binomial(len(g), sum(g) / len(g), BOOTSTRAPS) / len(g) for g in groups], axis=0)
+    drawn = np.mean([rng.beta(sum(g) + 0.5, len(g) - sum(g) + 0.5, BOOTSTRAPS) for g in groups], axis=0)
     low, high = np.percentile(drawn, [2.5, 97.5])
     value = sum(sum(g) / len(g) for g in groups) / len(groups)
     return Rate(value, sum(map(len, groups)), float(low), float(high))
@@ -85,7 +104,7 @@ def macro_average(groups: Sequence[Sequence[bool]], seed: int = 0) -> Rate:
 
 @dataclass(frozen=True)
 class Difference:
-    """Two runs on the same prompts: shares, their difference with a paired 95 % bootstrap interval, exact McNemar p, and p
+    """Two runs on the same prompts: shares, their difference with a paired 95 % interval, exact McNemar p, and p
     after Holm's correction over all comparisons made together."""
 
     name: str
@@ -117,9 +136,11 @@ def compare(pairs: Mapping[str, tuple[Sequence[bool], Sequence[bool]]], seed: in
     rng = np.random.default_rng(seed)
     found = []
     for (name, (before, after)), p, c in zip(pairs.items(), ps, corrected, strict=True):
-        change = np.asarray(after, float) - np.asarray(before, float)
-        drawn = change[rng.integers(0, len(change), (BOOTSTRAPS, len(change)))].mean(1)
-        low, high = np.percentile(drawn, [2.5, 97.5])
+        n, won = len(before), sum(y and not x for x, y in zip(before, after, strict=True))
+        lost = sum(x and not y for x, y in zip(before, after, strict=True))
+        # A Bayesian bootstrap over won, lost and equal pairs; without a won or lost pair the plain one has no width.
+        drawn = rng.dirichlet([won + 0.5, lost + 0.5, n - won - lost + 0.5], BOOTSTRAPS)
+        low, high = np.percentile(drawn[:, 0] - drawn[:, 1], [2.5, 97.5])
         a, b = float(np.mean(before)), float(np.mean(after))
-        found.append(Difference(name, a, b, b - a, float(low), float(high), len(change), p, float(c)))
+        found.append(Difference(name, a, b, b - a, float(low), float(high), n, p, float(c)))
     return found

@@ -8,6 +8,7 @@ it (`public_suites`).
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -143,7 +144,7 @@ def read(name: str, side: str) -> list[Sample]:
     """
     path = CONTENT / f"{name}-{side}.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").strip().split("\n")
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error}); install safegene again.") from error
     found = []
@@ -167,10 +168,15 @@ def _sample(row: dict[str, Any], harmful: bool) -> Sample:
 
 
 def sample_evenly(samples: Sequence[Sample], n: int) -> list[Sample]:
-    """`n` samples at even distances, or all of them: every category keeps its share."""
+    """`n` samples, or all of them for n = 0: one of every category (of every wrapper) in turn, inside each in the order of
+    their ids' hashes, so that a smaller sample is the beginning of a larger one."""
     if n <= 0 or n >= len(samples):
         return list(samples)
-    return [samples[i * len(samples) // n] for i in range(n)]
+    groups: dict[str, list[Sample]] = {}
+    for s in sorted(samples, key=lambda s: hashlib.sha256(s.id.encode()).digest()):
+        groups.setdefault(s.wrapper or f"{s.category}/{s.harmful}", []).append(s)
+    turns = itertools.zip_longest(*(groups[k] for k in sorted(groups)))
+    return [s for turn in turns for s in turn if s is not None][:n]
 
 
 def digest(samples: Sequence[Sample]) -> str:

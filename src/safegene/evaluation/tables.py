@@ -131,12 +131,14 @@ def evaluation_markdown(result: dict[str, Any]) -> str:
     lines = [
         f"### {name}", "",
         f"SafetyEval {result['content']}, judge {result['judge']}, {result['tokens']} new tokens, {result['decoding']}, {result['dtype']}.", "",
-        "| suite | safety score | macro average | without nonsense | nonsense | over-refusal |", "|---|---|---|---|---|---|",
+        "| suite | safety score | macro average | attack success | without nonsense | nonsense | over-refusal | nonsense to harmless |", "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for suite, s in result["suites"].items():
         harm, good = s["harmful"], s["harmless"]
-        first = [_rate(harm["score"]), _rate(harm["macro"]), _optional(harm["score_coherent"]), _rate(harm["incoherent"])] if harm else ["–"] * 4  # fmt: skip
-        lines.append(f"| {suite} | {' | '.join(first)} | {_rate(good['score']) if good else '–'} |")
+        first = [_rate(harm["score"]), _rate(harm["macro"]), _rate(harm["asr"]), _optional(harm["score_coherent"]), _rate(harm["incoherent"])] if harm else ["–"] * 5  # fmt: skip
+        lines.append(
+            f"| {suite} | {' | '.join(first)} | {_rate(good['score']) if good else '–'} | {_rate(good['incoherent']) if good else '–'} |"
+        )
     for suite, s in result["suites"].items():
         for side, what in (("harmful", "safety score"), ("harmless", "over-refusal")):
             if not s[side]:

@@ -67,10 +67,11 @@ def train(
     _claim(out, json.loads(json.dumps(record)))
 
     loaded = models.load(arguments.model, dtype=getattr(torch, arguments.dtype))
-    model, tokenizer = loaded.model.requires_grad_(False), loaded.tokenizer
+    model, tokenizer = loaded.model, loaded.tokenizer
     config = models.unwrap(model).config.get_text_config()
     sketch = models.weight_sketch(model)
     harmless = _harmless_answers(model, tokenizer, pairs, ordinary, arguments, out / "answers.json", progress)
+    model.requires_grad_(False)  # not before: see finetune.finetune
     taught = shadow_rows(pairs, harmless, arguments.seed) if arguments.drift_augmentation else {}
     model = teach_shadows(
         model, tokenizer, taught, out / "shadows", steps=arguments.shadow_steps, seed=arguments.seed, progress=progress

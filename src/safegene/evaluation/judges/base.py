@@ -31,9 +31,15 @@ class Judge(abc.ABC):
 
     name: str
 
+    @property
+    def fingerprint(self) -> str:
+        """What verdicts depend on; kept verdicts of another fingerprint are not used again."""
+        return self.name
+
     @abc.abstractmethod
     def judge(self, conversation: Sequence[Message], response: str) -> Verdict:
-        """Label `response`, the answer to the last turn of `conversation`."""
+        """Label `response`, the answer to the last turn of `conversation`; where an answer had begun already (a prefilled
+        opening), what the model itself wrote after it."""
 
     def judge_many(self, items: Sequence[tuple[Sequence[Message], str]]) -> Iterator[Verdict]:
         """Verdicts in the order of `items`; judges that gain by batching override this."""
