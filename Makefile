@@ -45,6 +45,7 @@ evaluation-grams: .venv/ready
 	$(PY) -m safegene.evaluation.public $(DATA) > src/safegene/training/text/evaluation_grams.txt
 
 judge-agreement: .venv/ready
+	.venv/bin/safegene judge --judge keywords --agreement $(DATA)
 	.venv/bin/safegene judge --agreement $(DATA)
 
 near-duplicates: .venv/ready

@@ -302,6 +302,8 @@ def test_comparisons_are_paired_and_corrected() -> None:
     sure = macro_average([[True] * 41] * 15)
     assert sure.value == 1.0
     assert sure.low < 1.0
+    few = macro_average([[False] * 5] * 14 + [[True, False]])
+    assert few.low <= few.value <= few.high
     alike = clustered_rate([True] * 30 + [False] * 30, ["a"] * 30 + ["b"] * 30)
     assert (alike.low, alike.high) == (0.0, 1.0)
     with pytest.raises(ValueError, match="same prompts"):

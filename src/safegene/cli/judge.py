@@ -18,7 +18,7 @@ def command(
     judge: Annotated[
         str,
         typer.Option(
-            help="default, rules; llama-guard, shieldgemma (fetched from the hub); or an OpenAI-compatible endpoint, as "
+            help="default, rules, keywords; llama-guard, shieldgemma (fetched from the hub); or an OpenAI-compatible endpoint, as "
             "https://host/v1#model."
         ),
     ] = "default",

@@ -114,6 +114,8 @@ def measure(judge: Judge, folder: Path, progress: Progress = silent) -> list[Agr
     found = []
     for human in human_sets(folder):
         rows = [r for r in human.rows if r.held_out]
+        if not rows:
+            raise DataError(f"{folder}: no question of {human.name} falls into the held-out third; give the whole set.")
         advance = progress(f"judging {human.name}", len(rows))
         items: list[tuple[Sequence[Message], str]] = [(asked(r.question), r.answer) for r in rows]
         verdicts = []

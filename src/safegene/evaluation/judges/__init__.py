@@ -15,7 +15,7 @@ def default_judge() -> Judge:
 
 
 def load(name: str) -> Judge:
-    """A judge by name: default, rules, llama-guard, shieldgemma, or an OpenAI-compatible endpoint as URL#model.
+    """A judge by name: default, rules, keywords (a yardstick), llama-guard, shieldgemma, or an OpenAI-compatible endpoint as URL#model.
 
     Raises:
         DataError: no such judge.
@@ -25,6 +25,10 @@ def load(name: str) -> Judge:
         return default_judge()
     if name == "rules":
         return RuleJudge()
+    if name == "keywords":
+        from safegene.evaluation.judges.keywords import KeywordJudge
+
+        return KeywordJudge()
     if name in ("llama-guard", "shieldgemma"):
         from safegene.evaluation.judges.guards import GuardJudge
 
@@ -33,4 +37,4 @@ def load(name: str) -> Judge:
         from safegene.evaluation.judges.rubric import RubricJudge
 
         return RubricJudge(name)
-    raise DataError(f"no judge '{name}'; there are default, rules, llama-guard, shieldgemma, or a URL#model.")
+    raise DataError(f"no judge '{name}'; there are default, rules, keywords, llama-guard, shieldgemma, or a URL#model.")
