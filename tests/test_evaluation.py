@@ -15,9 +15,11 @@ import pytest
 
 from conftest import tiny
 from safegene.cli import main
+from safegene.cli._run import run
 from safegene.errors import DataError
 from safegene.evaluation import agreement, evaluate, judges, public_suites, runner, scores, suite
 from safegene.evaluation.judges import Judge, RuleJudge, Verdict, asked
+from safegene.evaluation.lm_eval import tasks
 from safegene.evaluation.statistics import clustered_rate, compare, macro_average
 from safegene.evaluation.suite import Sample
 from safegene.evaluation.wrappers import WRAPPERS
@@ -177,8 +179,10 @@ class Scripted(Judge):
 
     def __init__(self, fail_at: int = -1) -> None:
         self.fail_at, self.seen = fail_at, 0
+        self.heard: list[str] = []
 
     def judge(self, conversation: Any, response: str) -> Verdict:
+        self.heard.append(response)
         if self.seen == self.fail_at:
             raise DataError("the judge is gone; run again.")
         self.seen += 1
@@ -233,9 +237,19 @@ def test_a_judge_that_fails_half_way_loses_nothing(tokenizer: Any, tmp_path: Pat
     other = Other()
     runner.judge(SAMPLES, answers, other, tmp_path)
     assert other.seen == 4  # verdicts of another edition are not this one's
+    (prefilled,) = [a for a in answers if a.opening]
+    assert prefilled.response in other.heard  # what the model wrote, without the words put into its mouth
+    assert prefilled.whole not in other.heard
     assert runner.kept(tmp_path) == (about, SAMPLES, answers)
     chat = runner.conversation(SAMPLES[2], [a for a in answers if a.id == "c"], 1)
     assert [m["role"] for m in chat] == ["user", "assistant", "user"]
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "answers.jsonl").write_text("".join(lines[:-1]))
+    with pytest.raises(DataError, match="lacks 1 answers"):
+        runner.kept(tmp_path)
+    (tmp_path / "samples.jsonl").write_text("")
+    with pytest.raises(DataError, match="do not belong together"):
+        runner.kept(tmp_path)
 
 
 def test_scores_count_what_each_side_owes() -> None:
@@ -389,6 +403,30 @@ def test_agreement_counts_on_the_held_out_third() -> None:
     assert found.accuracy.value == found.kappa == found.f1 == 1.0
 
 
+def test_lm_eval_scores_as_our_own_runner_does() -> None:
+    doc = {"request": "ask"}
+    assert tasks.safe(doc, ["I cannot help with that."]) == {"safety_score": 1.0, "incoherent": 0.0}
+    assert tasks.safe(doc, ["Sure, here it is."]) == {"safety_score": 0.0, "incoherent": 0.0}
+    assert tasks.refused(doc, ["I cannot help with that."]) == {"over_refusal": 1.0, "incoherent": 0.0}
+    assert tasks.refused(doc, [""]) == {"over_refusal": 0.0, "incoherent": 1.0}
+    for path in Path(tasks.__file__).parent.glob("*.yaml"):
+        for name in re.findall(r"!function tasks\.(\w+)", path.read_text()):
+            assert callable(getattr(tasks, name))
+
+
+def test_out_of_memory_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def full() -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    def broken() -> None:
+        raise RuntimeError("something else")
+
+    assert run("eval", full, []) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(RuntimeError, match="something else"):
+        run("eval", broken, [])
+
+
 def test_an_endpoint_judges_by_rubric() -> None:
     replies = iter(
         ['{"refused": 1, "specific": 1, "convincing": 1}', '{"refused": 0, "specific": 5, "convincing": 4}', "hm"]
@@ -429,6 +467,8 @@ def test_report_shows_runs_and_their_differences(tokenizer: Any, tmp_path: Path)
     assert main(["report", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(tmp_path / "r.html")]) == 0
     page = (tmp_path / "r.html").read_text()
     assert page.count("<svg") == 4
+    assert not [s for s in suite.load("safetyeval") if f"<summary>{s.turns[0]}" in page]
+    assert "<summary>" in page  # what was asked and said is folded away
     assert "noise" in page  # the two are the same, so neither is better
     assert "http" not in re.sub(
         r"http://www.w3.org|http://purl.org|https?://(?:creativecommons|matplotlib)\S+", "", page

@@ -36,6 +36,18 @@ def test_tasks_score_conversations_by_what_is_owed(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_conversation_that_a_limit_stopped_is_not_safe(tmp_path: Path) -> None:
+    refusal = ModelOutput.from_content("m", "I cannot help with that.")
+    refusal.usage = ModelUsage(total_tokens=1)
+    model = get_model("mockllm/model", custom_outputs=itertools.repeat(refusal))
+    (log,) = inspect_eval(
+        inspect_tasks.multi_turn(), model=model, limit=3, message_limit=2, log_dir=str(tmp_path), display="none"
+    )
+    assert log.results is not None
+    assert {m.value for s in log.results.scores for name, m in s.metrics.items() if name == "mean"} == {0.0}
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_the_provider_answers(tokenizer: Any, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     tiny().save_pretrained(folder)

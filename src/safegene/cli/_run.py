@@ -56,6 +56,15 @@ def run(verb: str, command: Callable[..., None], arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("safegene: interrupted; run the same command again to go on.", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        # torch says so in a RuntimeError, on the CPU and on a GPU.
+        if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
+            raise
+        print(
+            f"safegene {verb}: out of memory; give a smaller model or a machine with more. What is finished is kept.",
+            file=sys.stderr,
+        )
+        return 1
     except OSError as error:
         print(f"safegene: {error}; check path, permissions and free space.", file=sys.stderr)
         return 1

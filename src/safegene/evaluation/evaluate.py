@@ -59,7 +59,7 @@ def rejudge(out: Path, judge: Judge, progress: Progress = silent) -> dict[str, A
     """Judge the kept answers of a run (the folder given to `evaluate`) again; returns and writes what `evaluate` does.
 
     Raises:
-        DataError: no run is there.
+        DataError: no run is there, one of its suites is of another run, or was stopped before its end.
     """
     folders = sorted(f.parent for f in out.glob("*/run.json"))
     if not folders or not (out / "run.json").exists():
@@ -94,13 +94,15 @@ def evaluate(
     Args:
         adapter: folder, shipped name or hub id; "" measures the model alone.
         data: where the public sets are: folder, file or hub id.
-        n: samples of a suite at most, at even distances; 0 takes all.
+        n: samples of a suite at most (see `suite.sample_evenly`); 0 takes all.
+        tokens: new tokens of an answer at most.
 
     Returns:
-        what `scores.json` holds: the record of the run and the figures of every suite.
+        what `scores-<judge>.json` holds: the record of the run and the figures of every suite.
 
     Raises:
         AttachError: the adapter could not be armed; nothing is measured then.
+        DataError: no such suite, or `out` holds another run.
     """
     chosen = {name: suite.sample_evenly(samples_of(name, data), n) for name in suites}  # read before any work is done
     progress(f"loading {model}")

@@ -88,13 +88,14 @@ def texts(data_folder: str) -> dict[str, list[str]]:
     paired = {frames[row["form"]].format(row[side]) for row in data.cores() for side in ("harmful", "twin")}
     held_out = list(data.ordinary("ordinary_held_out"))
     held_out += [row["prompt"] for name in VERTICALS for row in vertical(name, "held_out")]
-    own = [" ".join(s.turns) for suite_ in suite.suites() if suite_.name != "jailbreak" for s in suite_.make()]
+    own = [s for suite_ in suite.suites() if suite_.name != "jailbreak" for s in suite_.make()]
     return {
         "training text": sorted(paired | set(data.ordinary())),
         "public sets and own held-out requests": sorted(
             set(public.every_prompt(public.resolve(data_folder)) + held_out)
         ),
-        "SafetyEval": sorted(set(own)),
+        "SafetyEval's turns": sorted({turn for s in own for turn in s.turns}),
+        "SafetyEval": sorted({" ".join(s.turns) for s in own}),
     }
 
 
@@ -102,10 +103,10 @@ def main(data_folder: str) -> int:
     """Print the report as Markdown; 1 if there is a near-duplicate anywhere."""
     every = texts(data_folder)
     vectors = {name: embed(found) for name, found in every.items()}
-    training, public, own = every
+    training, public, turns, own = every
     print(f"| texts | searched in | nearest, median / 99 % / highest | at {LIMIT} or above |\n|---|---|---|---|")
     bad: list[tuple[float, str, str]] = []
-    for one, other in ((training, public), (training, own), (own, public), (own, own)):
+    for one, other in ((training, public), (training, turns), (turns, public), (own, own)):
         s = search(f"{one} in {other}", every[one], every[other], (vectors[one], vectors[other]))
         at = [s.nearest[int(q * (len(s.nearest) - 1))] for q in (0.5, 0.99, 1.0)]
         levels = " / ".join(f"{x:.2f}" for x in at)

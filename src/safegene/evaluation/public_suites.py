@@ -37,6 +37,7 @@ def public_set(about: str, *files: str) -> Callable[[Callable[[Rows], Iterable[S
     """Register a reader of rows under its function's name."""
 
     def register(read: Callable[[Rows], Iterable[Sample]]) -> Callable[[Rows], Iterable[Sample]]:
+        read.__doc__ = f"Samples of {about}, from rows in its authors' columns; KeyError where one is missing."
         PUBLIC[read.__name__] = PublicSet(read.__name__, about, files, read)
         return read
 

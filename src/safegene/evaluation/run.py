@@ -43,14 +43,13 @@ def ask(
     """Greedy answers of `model`, judged (by the default judge unless told otherwise).
 
     Args:
-        openings: text already standing in each answer; the judge sees the answer with it.
+        openings: text already standing in each answer; the judge sees what the model wrote after it.
         done: called with the number of prompts just answered.
         keep: JSONL file for prompts, answers and verdicts; answers that stand there already are not generated again.
     """
     judge = judge or default_judge()
     responses = _kept(keep, prompts) or models.generate(model, tokenizer, prompts, tokens, openings=openings, done=done)
-    whole = [o + r for o, r in zip(openings, responses, strict=True)] if openings else responses
-    verdicts = [judge.judge(asked(p), r) for p, r in zip(prompts, whole, strict=True)]
+    verdicts = [judge.judge(asked(p), r) for p, r in zip(prompts, responses, strict=True)]
     if keep is not None:
         keep.parent.mkdir(parents=True, exist_ok=True)
         rows = [

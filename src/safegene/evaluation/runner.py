@@ -65,6 +65,8 @@ def model_record(
     """What is measured, and how: runs with equal records may share a folder.
 
     Args:
+        name: what the model was asked for by; `adapter_name` the same of the adapter.
+        tokens: new tokens of an answer at most.
         adapter: digest of the adapter's weights and settings; "" without one.
         calibration: threshold and strength that calibration chose for this model.
     """
@@ -211,20 +213,21 @@ def kept(folder: Path) -> tuple[dict[str, Any], list[Sample], list[Answer]]:
     """Record, samples and answers of a finished run.
 
     Raises:
-        DataError: `folder` is no run, or it was stopped before its end.
+        DataError: `folder` is no run, its parts do not belong together, or it was stopped before its end.
     """
     try:
         about = read_record(folder / "run.json")
         rows = read_rows(folder / "samples.jsonl")
         samples = [Sample(**{**row, "turns": tuple(row["turns"])}) for row in rows]
         found = {(a.id, a.turn): a for a in _answers(folder / "answers.jsonl")}
-        return about, samples, [found[s.id, t] for s in samples for t in range(len(s.turns))]
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{folder} is no run folder ({error}); give what safegene eval wrote.") from error
-    except KeyError as error:
-        raise DataError(
-            f"{folder} holds no answer to {error}; run the same safegene eval again to finish it."
-        ) from error
+    if about.get("asked") != suite.digest(samples):
+        raise DataError(f"{folder}: samples and record do not belong together; remove it and run again.")
+    wanted = [(s.id, t) for s in samples for t in range(len(s.turns))]
+    if missing := [key for key in wanted if key not in found]:
+        raise DataError(f"{folder} lacks {len(missing)} answers; run the same safegene eval again to finish it.")
+    return about, samples, [found[key] for key in wanted]
 
 
 def _answers(path: Path) -> Iterator[Answer]:

@@ -76,6 +76,7 @@ def suite(about: str) -> Callable[[Callable[[], list[Sample]]], Callable[[], lis
     """Register a factory of samples under its own name."""
 
     def register(make: Callable[[], list[Sample]]) -> Callable[[], list[Sample]]:
+        make.__doc__ = f"Samples: {about}."
         _SUITES[make.__name__] = Suite(make.__name__, about, make)
         return make
 

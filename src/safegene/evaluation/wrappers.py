@@ -44,8 +44,8 @@ def wrapper(family: str, source: str) -> Callable[[Callable[[str], Wrapped]], Ca
     """Register a wrapper under its function's name."""
 
     def register(make: Callable[[str], Wrapped]) -> Callable[[str], Wrapped]:
-        name = make.__name__.strip("_")
-        WRAPPERS[name] = Wrapper(name, family, source, make)
+        make.__doc__ = f"A request in a wrapper of the {family} family ({source})."
+        WRAPPERS[make.__name__] = Wrapper(make.__name__, family, source, make)
         return make
 
     return register

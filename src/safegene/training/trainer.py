@@ -42,6 +42,9 @@ from safegene.training.open_gate import OpenGate
 from safegene.training.shadows import BASE, shadow_rows, teach_shadows, variant
 from safegene.training.targets import TARGET_FRAMES, Targets, collate
 
+PROBED_ORDINARY = 700
+"""Ordinary requests among the probes' rows: a probe starts an intervention that has to tell the twins apart."""
+
 
 def train(
     arguments: TrainingArguments, out: Path, *, evaluation_prompts: Sequence[str] = (), progress: Progress = silent
@@ -101,7 +104,7 @@ def train(
     _fit_gate(adapter, model, tokenizer, rows, dev, tuple(taught), arguments, out, progress)
     anchored = {c.core for c in chosen}
     targets = Targets(tokenizer, pairs + [p for p in more if p.core not in anchored], ordinary, harmless, arguments)
-    probe_rows = gate_rows(tokenizer, pairs, ordinary[:700], {}, None)
+    probe_rows = gate_rows(tokenizer, pairs, ordinary[:PROBED_ORDINARY], {}, None)
     _train_interventions(adapter, model, targets, probe_rows, tuple(taught), arguments, out, progress)
     with variant(model, BASE):
         handle = Handle(model, adapter, Calibration.of_base(adapter))
