@@ -41,7 +41,7 @@ MIN_SEPARATION = 0.80
 """Anchor AUC under which the gate can no longer tell harmful from harmless: the model is outside its training."""
 
 
-STRENGTHS = (1.0, 1.4)
+STRENGTHS = (1.0, 1.2, 1.4)
 """Factors tried on the base's strength; at 1.8 more anchors were refused nowhere, and refusals lost their subject."""
 
 ENOUGH = 0.95

@@ -42,8 +42,8 @@ from safegene.training.open_gate import OpenGate
 from safegene.training.shadows import BASE, shadow_rows, teach_shadows, variant
 from safegene.training.targets import TARGET_FRAMES, Targets, collate
 
-PROBED_ORDINARY = 700
-"""Ordinary requests among the probes' rows: a probe starts an intervention that has to tell the twins apart."""
+PROBED_PAIRS, PROBED_ORDINARY = 4000, 500
+"""Rows of the probes: a probe starts an intervention that has to tell the twins apart, and is trained further."""
 
 
 def train(
@@ -104,7 +104,7 @@ def train(
     _fit_gate(adapter, model, tokenizer, rows, dev, tuple(taught), arguments, out, progress)
     anchored = {c.core for c in chosen}
     targets = Targets(tokenizer, pairs + [p for p in more if p.core not in anchored], ordinary, harmless, arguments)
-    probe_rows = gate_rows(tokenizer, pairs, ordinary[:PROBED_ORDINARY], {}, None)
+    probe_rows = gate_rows(tokenizer, pairs[:PROBED_PAIRS], ordinary[:PROBED_ORDINARY], {}, None)
     _train_interventions(adapter, model, targets, probe_rows, tuple(taught), arguments, out, progress)
     with variant(model, BASE):
         handle = Handle(model, adapter, Calibration.of_base(adapter))
@@ -153,7 +153,7 @@ def _fit_gate(
     layers, anchors = adapter.config.gate_layers, adapter.config.anchors
     sets: list[tuple[GateFeatures, Sequence[GateRow]]] = []
     for name in (BASE, *shadows):
-        some = rows if name == BASE else random.Random(name).sample(list(rows), len(rows) // 3)
+        some = rows if name == BASE else random.Random(name).sample(list(rows), len(rows) // 4)
         with variant(model, name):
             features = read_anchors(model, adapter.config.read_layers, tokenizer, anchors)
             if name == BASE:
