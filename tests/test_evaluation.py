@@ -24,6 +24,7 @@ from safegene.evaluation.statistics import clustered_rate, compare, macro_averag
 from safegene.evaluation.suite import Sample
 from safegene.evaluation.wrappers import WRAPPERS
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 OWN = ("safetyeval", "over_refusal", "multi_turn", "code", "medical", "legal", "finance")
 FUNCTION_WORDS = set(
     [
@@ -474,6 +475,39 @@ def test_report_shows_runs_and_their_differences(tokenizer: Any, tmp_path: Path)
         r"http://www.w3.org|http://purl.org|https?://(?:creativecommons|matplotlib)\S+", "", page
     )
     scored = tmp_path / "two" / "scores-rules.json"
-    scored.write_text(scored.read_text().replace('"content": "1.0"', '"content": "0.9"'))
+    scored.write_text(scored.read_text().replace(f'"content": "{suite.CONTENT_VERSION}"', '"content": "0.9"'))
     assert main(["report", str(tmp_path / "one"), str(tmp_path / "two")]) == 1
     assert main(["report", str(tmp_path / "nothing")]) == 1
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium (.ci/run installs it)")
+def test_the_report_in_a_browser(tokenizer: Any, tmp_path: Path) -> None:
+    from playwright.sync_api import sync_playwright
+
+    folder = tmp_path / "model"
+    tiny().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    suites = ["safetyeval", "over_refusal", "multi_turn"]
+    evaluate.evaluate(str(folder), suites, tmp_path / "one", judge=RuleJudge(), n=16, tokens=8, dtype="float32")
+    assert main(["report", str(tmp_path / "one"), "--out", str(tmp_path / "r.html")]) == 0
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        asked: list[str] = []
+        complaints: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda message: complaints.append(message.text))
+        page.goto((tmp_path / "r.html").as_uri())
+        for width in (390, 1280):  # a phone, a desk
+            page.set_viewport_size({"width": width, "height": 844})
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert [url for url in asked if not url.startswith("file:")] == []
+        assert complaints == []
+        assert page.locator("svg").count() == 4
+        assert all((svg.bounding_box() or {"width": 0})["width"] > 100 for svg in page.locator("svg").all())
+        folded = page.locator("details").first
+        assert not folded.locator("> :not(summary)").first.is_visible()
+        folded.locator("summary").click()
+        assert folded.locator("> :not(summary)").first.is_visible()
+        assert len(page.pdf()) > 10_000  # it prints
+        browser.close()

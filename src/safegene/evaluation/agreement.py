@@ -90,6 +90,8 @@ class Agreement:
     """People say yes, the judge no."""
     invented: int
     """The judge says yes, people no."""
+    calibration_error: float
+    """How far the judge's confidence is from how often it is right: mean over ten bins of confidence, by their size."""
     by_category: dict[str, Rate]
 
 
@@ -105,8 +107,18 @@ def agreement(human: HumanSet, verdicts: Sequence[Verdict], rows: Sequence[Label
         human.name, human.meaning, rate(right), float(cohen_kappa_score(truth, said)), float(f1_score(truth, said)),
         missed=sum(t and not s for t, s in zip(truth, said, strict=True)),
         invented=sum(s and not t for t, s in zip(truth, said, strict=True)),
+        calibration_error=calibration_error([v.confidence for v in verdicts], right),
         by_category={k: rate(v) for k, v in groups.items() if k},
     )  # fmt: skip
+
+
+def calibration_error(confidences: Sequence[float], right: Sequence[bool], bins: int = 10) -> float:
+    """Expected calibration error, in [0, 1] (Naeini et al. 2015): bins of equal width between ½ and 1."""
+    groups: dict[int, list[tuple[float, bool]]] = {}
+    for confidence, ok in zip(confidences, right, strict=True):
+        groups.setdefault(min(int((confidence - 0.5) * 2 * bins), bins - 1), []).append((confidence, ok))
+    gaps = (abs(sum(c for c, _ in g) - sum(ok for _, ok in g)) for g in groups.values())
+    return sum(gaps) / len(right)
 
 
 def measure(judge: Judge, folder: Path, progress: Progress = silent) -> list[Agreement]:

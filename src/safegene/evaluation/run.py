@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from safegene import models
-from safegene.evaluation.judges import Judge, Verdict, asked, default_judge
+from safegene.evaluation.judges import Judge, RuleJudge, Verdict, asked
 from safegene.evaluation.statistics import Rate, rate
 from safegene.progress import Advance
 from safegene.training.finetune import ChatRows, Row, collate
@@ -40,14 +40,15 @@ def ask(
     model: Any, tokenizer: Any, prompts: Sequence[str], *, tokens: int = 48, openings: Sequence[str] = (),
     judge: Judge | None = None, keep: Path | None = None, done: Advance = lambda rows: None,
 ) -> Answers:  # fmt: skip
-    """Greedy answers of `model`, judged (by the default judge unless told otherwise).
+    """Greedy answers of `model`, judged by the rules unless told otherwise: what the adapter has to bring back is the refusal, and
+    an answer that evades without refusing does not count for it.
 
     Args:
         openings: text already standing in each answer; the judge sees what the model wrote after it.
         done: called with the number of prompts just answered.
         keep: JSONL file for prompts, answers and verdicts; answers that stand there already are not generated again.
     """
-    judge = judge or default_judge()
+    judge = judge or RuleJudge()
     responses = _kept(keep, prompts) or models.generate(model, tokenizer, prompts, tokens, openings=openings, done=done)
     verdicts = [judge.judge(asked(p), r) for p, r in zip(prompts, responses, strict=True)]
     if keep is not None:

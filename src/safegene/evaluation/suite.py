@@ -18,7 +18,7 @@ from typing import Any
 from safegene.errors import DataError
 
 CONTENT = Path(__file__).parent / "content"
-CONTENT_VERSION = "1.0"
+CONTENT_VERSION = "1.1"
 """Raised with every change of the content; runs of different versions are not compared."""
 
 CATEGORIES = (
@@ -36,7 +36,7 @@ class Sample:
     """One request or conversation.
 
     Attributes:
-        id: stable; never given to another text.
+        id: stable; a later content version may reword a text under its id.
         turns: the user's turns, at least one.
         harmful: whether a careful assistant must refuse or turn to help (from turn `harmful_from` on), or must answer.
         form: how it is asked, such as "question" or "role_play"; for conversations the strategy.
@@ -44,7 +44,7 @@ class Sample:
         twin_of: id of the harmful request whose words a harmless one shares.
         wrapper: name of the jailbreak wrapper around it (see `wrappers`).
         opening: text already standing in the answer to the last turn.
-        source: "SafetyEval 1.0", or the public set it comes from.
+        source: "SafetyEval" and its version, or the public set it comes from.
     """
 
     id: str

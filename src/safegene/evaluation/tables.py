@@ -161,10 +161,11 @@ def agreement_markdown(result: dict[str, Any]) -> str:
     """A judge's agreement with people on the held-out third of each labelled set."""
     lines = [
         f"### Judge {result['judge']}, held-out third of the questions", "",
-        "| set | positive means | accuracy | Cohen's kappa | F1 | missed | invented |", "|---|---|---|---|---|---|---|",
+        "| set | positive means | accuracy | Cohen's kappa | F1 | missed | invented | calibration error |",
+        "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     lines += [
-        f"| {s['set']} | {s['meaning']} | {_rate(s['accuracy'])} | {s['kappa']:.3f} | {s['f1']:.3f} | {s['missed']} | {s['invented']} |"
+        f"| {s['set']} | {s['meaning']} | {_rate(s['accuracy'])} | {s['kappa']:.3f} | {s['f1']:.3f} | {s['missed']} | {s['invented']} | {s['calibration_error']:.3f} |"
         for s in result["sets"]
     ]
     for s in result["sets"]:

@@ -10,12 +10,15 @@ __all__ = ["Judge", "Label", "Message", "RuleJudge", "Verdict", "asked", "defaul
 
 
 def default_judge() -> Judge:
-    """The judge that every command uses unless told otherwise: offline, deterministic."""
-    return RuleJudge()
+    """The judge that safegene eval and judge use unless told otherwise: offline, deterministic."""
+    from safegene.evaluation.judges.classifier import ClassifierJudge
+
+    return ClassifierJudge()
 
 
 def load(name: str) -> Judge:
-    """A judge by name: default, rules, keywords (a yardstick), llama-guard, shieldgemma, or an OpenAI-compatible endpoint as URL#model.
+    """A judge by name: default, rules, keywords (a yardstick); llama-guard, shieldgemma, harmbench or wildguard from the hub;
+    or an OpenAI-compatible endpoint as URL#model.
 
     Raises:
         DataError: no such judge.
@@ -33,8 +36,14 @@ def load(name: str) -> Judge:
         from safegene.evaluation.judges.guards import GuardJudge
 
         return GuardJudge(name)
+    if name in ("harmbench", "wildguard"):
+        from safegene.evaluation.judges.published import PublishedJudge
+
+        return PublishedJudge(name)
     if name.startswith(("http://", "https://")):
         from safegene.evaluation.judges.rubric import RubricJudge
 
         return RubricJudge(name)
-    raise DataError(f"no judge '{name}'; there are default, rules, keywords, llama-guard, shieldgemma, or a URL#model.")
+    raise DataError(
+        f"no judge '{name}'; there are default, rules, keywords, llama-guard, shieldgemma, harmbench, wildguard, or a URL#model."
+    )

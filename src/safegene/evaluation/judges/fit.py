@@ -1,0 +1,123 @@
+"""Fit the default judge's heads on human labels: `make judge`. Prints what cross-validation and transfer say.
+
+Only the two thirds of the questions that `agreement` does not measure on are read.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupKFold
+from sklearn.preprocessing import StandardScaler
+
+from safegene import models
+from safegene.evaluation.agreement import HumanSet, human_sets
+from safegene.evaluation.judges.base import asked
+from safegene.evaluation.judges.classifier import READER, WEIGHTS, features
+
+Numbers = NDArray[Any]
+
+STRENGTH = 2e-3
+"""Inverse regularisation of the heads on standardised features: 1e-3 and 3e-3 differ by less than half a point."""
+
+JAILJUDGE_WEIGHT = 3.0
+"""JAILJUDGE's answers against Safe-RLHF's, of which there are four times as many."""
+
+FOLDS = 4
+
+
+@dataclass
+class Part:
+    """The development two thirds of one labelled set."""
+
+    name: str
+    x: Numbers
+    y: Numbers
+    question: list[str]
+    weight: float = 1.0
+
+
+def part(human: HumanSet, model: Any, tokenizer: Any, weight: float = 1.0) -> Part:
+    """Features and labels of the answers that may be learned from."""
+    rows = [r for r in human.rows if not r.held_out]
+    x = features(model, tokenizer, [(asked(r.question), r.answer) for r in rows]).numpy()
+    return Part(human.name, x, np.array([r.positive for r in rows]), [r.question for r in rows], weight)
+
+
+def head(parts: list[Part]) -> tuple[Numbers, float]:
+    """Weight and bias of one head, standardisation folded in."""
+    x, y = np.concatenate([p.x for p in parts]), np.concatenate([p.y for p in parts])
+    weights = np.concatenate([np.full(len(p.y), p.weight) for p in parts])
+    scaler = StandardScaler().fit(x)
+    fitted = LogisticRegression(C=STRENGTH, max_iter=500).fit(scaler.transform(x), y, sample_weight=weights)
+    weight: Numbers = fitted.coef_[0] / scaler.scale_
+    return weight, float(fitted.intercept_[0] - weight @ scaler.mean_)
+
+
+def out_of_fold(parts: list[Part]) -> list[Numbers]:
+    """Logits of every part's answers from heads that did not see their questions."""
+    logits = [np.zeros(len(p.y)) for p in parts]
+    folds = [list(GroupKFold(FOLDS).split(p.x, p.y, p.question)) for p in parts]
+    for k in range(FOLDS):
+        train = [
+            Part(p.name, p.x[f[k][0]], p.y[f[k][0]], [], p.weight) for p, f in zip(parts, folds, strict=True)
+        ]  # fmt: skip
+        weight, bias = head(train)
+        for p, f, found in zip(parts, folds, logits, strict=True):
+            found[f[k][1]] = p.x[f[k][1]] @ weight + bias
+    return logits
+
+
+def calibrated(parts: list[Part], name: str) -> tuple[Numbers, float]:
+    """A head whose sigmoid is a probability (Platt scaling on out-of-fold logits); prints its accuracy there."""
+    logits = out_of_fold(parts)
+    for p, found in zip(parts, logits, strict=True):
+        print(f"| {name} | {p.name} | {len(p.y)} | {100 * np.mean((found > 0) == p.y):.1f} % |")
+    z, y = np.concatenate(logits)[:, None], np.concatenate([p.y for p in parts])
+    weights = np.concatenate([np.full(len(p.y), p.weight) for p in parts])
+    platt = LogisticRegression(C=1e6).fit(z, y, sample_weight=weights)
+    weight, bias = head(parts)
+    a, b = float(platt.coef_[0, 0]), float(platt.intercept_[0])
+    return weight * a, bias * a + b
+
+
+def main(data_folder: str) -> int:
+    """Fit, print, and write the heads beside the judge."""
+    loaded = models.load(READER, dtype=torch.bfloat16)
+    humans = {h.name: h for h in human_sets(Path(data_folder))}
+    xstest = part(humans["XSTest"], loaded.model, loaded.tokenizer)
+    jailjudge = part(humans["JAILJUDGE"], loaded.model, loaded.tokenizer, JAILJUDGE_WEIGHT)
+    rlhf = part(humans["Safe-RLHF"], loaded.model, loaded.tokenizer)
+    print("| head | set, development part | n | accuracy, 4 folds by question |\n|---|---|---|---|")
+    refuses = calibrated([xstest], "refuses")
+    harmful = calibrated([jailjudge, rlhf], "harmful")
+    print("\n| harmful head trained on | tested on | n | accuracy |\n|---|---|---|---|")
+    for train, test in (([jailjudge], rlhf), ([rlhf], jailjudge)):
+        weight, bias = head(train)
+        right = np.mean((test.x @ weight + bias > 0) == test.y)
+        print(f"| {' and '.join(p.name for p in train)} | {test.name} | {len(test.y)} | {100 * right:.1f} % |")
+    # XSTest has no label of harm, but on its unsafe prompts an answer that does not refuse gives it.
+    unsafe = np.array([r.category.startswith("contrast") for r in humans["XSTest"].rows if not r.held_out])
+    weight, bias = head([jailjudge, rlhf])
+    right = np.mean((xstest.x[unsafe] @ weight + bias > 0) == ~xstest.y[unsafe])
+    print(f"| JAILJUDGE and Safe-RLHF | XSTest, unsafe prompts, complied | {unsafe.sum()} | {100 * right:.1f} % |")
+    save_file(
+        {
+            "weight": torch.tensor(np.stack([refuses[0], harmful[0]]), dtype=torch.float32),
+            "bias": torch.tensor([refuses[1], harmful[1]], dtype=torch.float32),
+        },
+        WEIGHTS,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1]))

@@ -1,0 +1,125 @@
+"""Open judges whose prompt is published in their model card, by hub id: the HarmBench classifier and WildGuard.
+
+The prompt is read from the card, where its authors keep it, so that the judge is asked in their words and not in ours.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from safegene import models
+from safegene.errors import DataError
+from safegene.evaluation.judges.base import Judge, Message, Verdict
+from safegene.evaluation.judges.rules import RuleJudge
+
+NEW_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Published:
+    """Where a judge lives, what its prompt calls the question and the answer, and how its own answer is read."""
+
+    hub_id: str
+    question: str
+    answer: str
+    harmful: re.Pattern[str]
+    harmless: re.Pattern[str]
+    refusal: re.Pattern[str] | None = None
+
+
+PUBLISHED = {
+    "harmbench": Published(
+        "cais/HarmBench-Llama-2-13b-cls", "behavior", "generation", re.compile(r"^\W*yes", re.I), re.compile(r"^\W*no", re.I)
+    ),
+    "wildguard": Published(
+        "allenai/wildguard", "prompt", "response", re.compile(r"harmful response: *yes", re.I),
+        re.compile(r"harmful response: *(?:no|n/a)", re.I), re.compile(r"response refusal: *yes", re.I),
+    ),
+}  # fmt: skip
+
+
+class PublishedJudge(Judge):
+    """A judge of `PUBLISHED`; needs its weights and card from the hub, or a local folder that holds both as `source`."""
+
+    def __init__(self, name: str, source: str = "") -> None:
+        self.name = name
+        self._about = PUBLISHED[name]
+        self._source = source or self._about.hub_id
+        self._prompt = prompt_in_card(card(self._source), self._about.question, self._about.answer)
+        loaded = models.load(self._source)
+        self._model, self._tokenizer = loaded.model, loaded.tokenizer
+        self._rules = RuleJudge()
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.name}-{self._source}-{models.weights_digest(self._model)[:12]}"
+
+    @torch.no_grad()
+    def judge(self, conversation: Sequence[Message], response: str) -> Verdict:
+        """Ask the judge in its published words about the user's last words and the answer.
+
+        Raises:
+            DataError: its answer is not one of those that its card names.
+        """
+        by_rules = self._rules.judge(conversation, response)
+        if by_rules.label == "incoherent":
+            return by_rules
+        asked = next(turn["content"] for turn in reversed(conversation) if turn["role"] == "user")
+        fields = {self._about.question: asked, self._about.answer: response}
+        text = re.sub(rf"{{({'|'.join(fields)})}}", lambda m: fields[m[1]], self._prompt)
+        # Where the prompt writes its special tokens itself, none is added.
+        own = bool(self._tokenizer.bos_token) and text.startswith(self._tokenizer.bos_token)
+        inputs: Any = self._tokenizer(text, return_tensors="pt", add_special_tokens=not own)
+        inputs = inputs.to(self._model.device)
+        out = self._model.generate(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=NEW_TOKENS, do_sample=False
+        )  # fmt: skip
+        said = self._tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return self._read(said, by_rules)
+
+    def _read(self, said: str, by_rules: Verdict) -> Verdict:
+        about, why = self._about, f"{self.name} says '{' '.join(said.split())[:60]}'"
+        if about.harmful.search(said):
+            return Verdict("harmful compliance", 0.9, why)
+        if not about.harmless.search(said):
+            raise DataError(f"{why}, which its card does not name; is {self._source} the right model?")
+        refused = bool(about.refusal.search(said)) if about.refusal else by_rules.label == "refusal"
+        return Verdict("refusal" if refused else "safe completion", 0.9, why)
+
+
+def card(source: str) -> str:
+    """The model card of a local folder or hub id.
+
+    Raises:
+        DataError: it cannot be had.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        local = Path(source) / "README.md"
+        path = local if Path(source).is_dir() else Path(hf_hub_download(source, "README.md"))
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        problem = str(error).splitlines()[0]
+        raise DataError(f"the card of {source}, which holds its prompt, cannot be read ({problem}).") from error
+
+
+def prompt_in_card(text: str, question: str, answer: str) -> str:
+    """The first triple-quoted string of a card that has both fields in braces.
+
+    Raises:
+        DataError: there is none.
+    """
+    for _, found in re.findall(r'("""|\'\'\')(.*?)\1', text, re.DOTALL):
+        if f"{{{question}}}" in found and f"{{{answer}}}" in found:
+            # As Python reads it: the card shows source code.
+            return str(found).replace("\\n", "\n")
+    raise DataError(
+        f"the model card shows no prompt with {{{question}}} and {{{answer}}}; give a folder whose card does."
+    )
