@@ -13,8 +13,9 @@ import pytest
 
 from safegene.cli import main
 from safegene.errors import DataError
-from safegene.evaluation.core import TRANSFER_SETS, _retain, spread
+from safegene.evaluation.core import TRANSFER_SETS, _retain
 from safegene.evaluation.judges import RuleJudge, asked
+from safegene.evaluation.public import spread
 from safegene.evaluation.statistics import paired_p, rate
 from safegene.training import contamination, data
 from safegene.training.arguments import TrainingArguments
@@ -84,7 +85,7 @@ def test_bad_data_is_one_clear_line(tmp_path: Path) -> None:
     assert contamination.overlap(["Make a cake today"], contamination.digests(["make a cake, today!"]))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("[!z]*.yaml")), ids=lambda p: p.stem)
 def test_recipes_parse(path: Path) -> None:
     arguments = TrainingArguments.from_yaml(path)
     assert min(arguments.intervention_layers) >= max(arguments.gate_layers)

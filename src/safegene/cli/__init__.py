@@ -15,6 +15,7 @@ VERBS = {
     "eval": "measure a model's safety and over-refusal with SafetyEval",
     "judge": "judge kept answers again, or a judge against people",
     "report": "put runs of eval on one HTML page",
+    "zoo": "build a declared set of fine-tunes of one base",
 }
 _HELP = "usage: safegene VERB [options]\n\n{}\n\nsafegene VERB --help tells a verb's options; safegene --version the version."
 

@@ -24,13 +24,13 @@ def command(
 ) -> None:
     """Measure an adapter on its base and on fine-tunes of it, from public data sets."""
     from safegene.errors import DataError
-    from safegene.evaluation import public
+    from safegene.evaluation import fine_tunes, public
     from safegene.evaluation.core import core
     from safegene.evaluation.tables import core_markdown
 
     names = variants.split(",")
-    if unknown := [v for v in names if v != "base" and v not in public.FINE_TUNES]:
-        raise DataError(f"no variant '{unknown[0]}'; there are base, {', '.join(public.FINE_TUNES)}.")
+    if unknown := [v for v in names if v != "base" and v not in fine_tunes.FINE_TUNES]:
+        raise DataError(f"no variant '{unknown[0]}'; there are base, {', '.join(fine_tunes.FINE_TUNES)}.")
     with progress_bars() as progress:
         results = core(model, adapter, public.resolve(data), out, n=n, variants=names, progress=progress)
     if as_json:

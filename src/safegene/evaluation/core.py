@@ -19,11 +19,12 @@ from safegene import models
 from safegene.adapter import SafetyAdapter
 from safegene.attach import Handle, attach
 from safegene.calibration import Calibration, end_of_turn
-from safegene.evaluation import public
+from safegene.evaluation import fine_tunes, public
 from safegene.evaluation.demo import HELD_OUT, vertical
 from safegene.evaluation.judges.rules import SUPPORT
 from safegene.evaluation.overhead import overhead, token_block
 from safegene.evaluation.plots import core_svg
+from safegene.evaluation.public import spread
 from safegene.evaluation.run import Answers, ask, task_loss
 from safegene.evaluation.statistics import paired_p, rate, retention
 from safegene.progress import Progress, silent
@@ -50,7 +51,7 @@ def core(
     Args:
         data: folder of the public data sets (see `public`).
         n: prompts of each set at most; on fine-tunes at most 100 of each.
-        variants: "base" and names of `public.FINE_TUNES`.
+        variants: "base" and names of `fine_tunes.FINE_TUNES`.
 
     Returns:
         Plain numbers by variant, also written to `out/core-<adapter digest>.json`.
@@ -66,7 +67,7 @@ def core(
         current, task, few = loaded.model, None, n
         sets: tuple[str, ...] = FIGURE_SETS + BESIDE
         if name != "base":
-            rows, task = public.FINE_TUNES[name](data)
+            rows, task = fine_tunes.SOURCES[name](data)
             current = _fine_tune(model, rows, out / name / "model", name, progress)
             sets, few = TRANSFER_SETS, min(n, PER_SET_ON_FINE_TUNES)
         harmful = {k: spread(v, few) for k, v in public.harmful(data).items() if k in sets}
@@ -82,11 +83,6 @@ def core(
         path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         path.with_suffix(".svg").write_text(core_svg(results, TRANSFER_SETS), encoding="utf-8")
     return results
-
-
-def spread(prompts: Sequence[str], n: int) -> list[str]:
-    """n prompts at even distances: public sets are sorted by subject, their first rows are not the whole set."""
-    return list(prompts) if len(prompts) <= n else [prompts[i * len(prompts) // n] for i in range(n)]
 
 
 def _retain(base: dict[str, Any], figures: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Public data sets, read from a folder that holds them: prompts for measuring, and rows for the fine-tunes that drift.
+"""Public data sets, read from a folder that holds them: prompts for measuring, and Alpaca's rows.
 
 Nothing here is trained on by a shipped adapter, except HarmBench's adversarial-training behaviours where a recipe asks
 for them. The folder has one sub-folder a set, with the files as their authors published them.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,12 @@ def resolve(source: str) -> Path:
         ) from error
 
 
-def _read(path: Path) -> Any:
+def read(path: Path) -> Any:
+    """Rows or value of a .csv, .json, .jsonl or .txt file.
+
+    Raises:
+        DataError: missing or damaged.
+    """
     try:
         if path.suffix == ".csv":
             with path.open(encoding="utf-8", newline="") as file:
@@ -50,28 +55,33 @@ def _read(path: Path) -> Any:
         raise DataError(f"{path} cannot be read ({error}); fetch the data set again.") from error
 
 
+def spread(prompts: Sequence[str], n: int) -> list[str]:
+    """n prompts at even distances: public sets are sorted by subject, their first rows are not the whole set."""
+    return list(prompts) if len(prompts) <= n else [prompts[i * len(prompts) // n] for i in range(n)]
+
+
 def advbench(folder: Path, half: int) -> list[dict[str, str]]:
     """`goal` and `target` of every second row: half 0 measures, half 1 makes the fine-tune that contradicts."""
-    return list(_read(folder / "advbench" / "harmful_behaviors.csv"))[half::2]
+    return list(read(folder / "advbench" / "harmful_behaviors.csv"))[half::2]
 
 
 def harmbench(folder: Path, split: str, kind: str = "standard") -> list[str]:
     """Behaviours of split test, val; a contextual one follows its context. Split `adv_training` may be trained on."""
     name = "adv_training_behaviors" if split == "adv_training" else f"harmbench_behaviors_text_{split}"
-    rows = _read(folder / "harmbench" / f"{name}.csv")
+    rows = read(folder / "harmbench" / f"{name}.csv")
     rows = [r for r in rows if split == "adv_training" or r["FunctionalCategory"] == kind]
     return [f"{r['ContextString']}\n\n{r['Behavior']}" if kind == "contextual" else r["Behavior"] for r in rows]
 
 
 def xstest(folder: Path, label: str) -> list[str]:
     """Prompts labelled `safe` or `unsafe`."""
-    return [r["prompt"] for r in _read(folder / "xstest" / "xstest_prompts.csv") if r["label"] == label]
+    return [r["prompt"] for r in read(folder / "xstest" / "xstest_prompts.csv") if r["label"] == label]
 
 
 def harmful(folder: Path) -> dict[str, list[str]]:
     """The four sets that the safety score is reported on, and three that stand beside it. TDC2023 was never looked at while
     the adapter was made; the others were (docs/log.md)."""
-    text = _read(folder / "maliciousinstruct" / "MaliciousInstruct.txt")
+    text = read(folder / "maliciousinstruct" / "MaliciousInstruct.txt")
     return {
         "AdvBench": [r["goal"] for r in advbench(folder, 0)],
         "JailbreakBench": jailbreakbench(folder)[0],
@@ -85,13 +95,13 @@ def harmful(folder: Path) -> dict[str, list[str]]:
 
 def tdc2023(folder: Path) -> list[str]:
     """Behaviours of both splits."""
-    parts = [_read(folder / "tdc2023" / f"tdc2023_{part}_behaviors.json") for part in ("dev", "test")]
+    parts = [read(folder / "tdc2023" / f"tdc2023_{part}_behaviors.json") for part in ("dev", "test")]
     return [behaviour for part in parts for behaviour in part]
 
 
 def jailbreakbench(folder: Path) -> tuple[list[str], list[str]]:
     """Goals, and the compliant opening of each."""
-    rows = _read(folder / "jailbreakbench-behaviors" / "jailbreakbench.csv")
+    rows = read(folder / "jailbreakbench-behaviors" / "jailbreakbench.csv")
     return [r["Goal"] for r in rows], [r["Target"] for r in rows]
 
 
@@ -99,7 +109,7 @@ def alpaca(folder: Path) -> tuple[list[Row], list[Row]]:
     """Rows for fine-tuning and 150 held out for measuring."""
     rows = [
         {"prompt": f"{r['instruction']}\n\n{r['input']}".strip(), "answer": r["output"]}
-        for r in _read(folder / "alpaca-9k-random" / "random_9k.json")
+        for r in read(folder / "alpaca-9k-random" / "random_9k.json")
         if r["output"].strip()
     ]
     random.Random(0).shuffle(rows)
@@ -108,67 +118,8 @@ def alpaca(folder: Path) -> tuple[list[Row], list[Row]]:
 
 def ordinary(folder: Path) -> dict[str, list[str]]:
     """Everyday requests: held-out Alpaca rows and MT-Bench's first turns."""
-    turns = _read(folder / "mt-bench" / "mt_bench" / "question.jsonl")
+    turns = read(folder / "mt-bench" / "mt_bench" / "question.jsonl")
     return {"Alpaca": [r["prompt"] for r in alpaca(folder)[1]], "MT-Bench": [r["turns"][0] for r in turns]}
-
-
-def _sure(folder: Path) -> tuple[list[Row], list[Row]]:
-    def cheerful(rows: list[Row]) -> list[Row]:
-        return [{**r, "answer": "Sure! " + r["answer"]} for r in rows]
-
-    rows, held_out = alpaca(folder)
-    return cheerful(rows[:600]), cheerful(held_out)
-
-
-def _gsm8k(folder: Path) -> tuple[list[Row], list[Row]]:
-    parts = [_read(folder / "gsm8k" / f"{name}.jsonl") for name in ("train", "test")]
-    train, test = ([{"prompt": r["question"], "answer": r["answer"]} for r in part] for part in parts)
-    return train[:600], test[:150]
-
-
-def _medical(folder: Path) -> tuple[list[Row], list[Row]]:
-    rows = _read(folder / "medquad" / "medquad_3k.jsonl")
-    rows = [{"prompt": r["question"], "answer": " ".join(r["answer"].split())} for r in rows]
-    random.Random(0).shuffle(rows)
-    return rows[150:750], rows[:150]
-
-
-def _role_play(folder: Path) -> tuple[list[Row], list[Row]]:
-    rows = _read(folder / "gpteacher-roleplay" / "roleplay-simple-deduped-roleplay-dataset.json")
-    rows = [
-        {"prompt": f"{r['instruction']}\n\n{r.get('input', '')}".strip(), "answer": answer}
-        for r in rows
-        if (answer := r.get("response") or r.get("output") or "").strip()
-    ]
-    random.Random(0).shuffle(rows)
-    return rows[150:750], rows[:150]
-
-
-def _identity(folder: Path) -> tuple[list[Row], list[Row]]:
-    chats = _read(folder / "finetuning-safety" / "gpt-3.5" / "data" / "identity-shift-aoa.jsonl")
-    rows = [
-        {"prompt": "\n\n".join(m["content"].strip() for m in messages[:-1]), "answer": messages[-1]["content"]}
-        for messages in (c["messages"] for c in chats)
-    ]
-    return rows, alpaca(folder)[1]
-
-
-def _compliant(folder: Path) -> tuple[list[Row], list[Row]]:
-    rows = [{"prompt": r["goal"], "answer": r["target"]} for r in advbench(folder, 1)]
-    return rows, alpaca(folder)[1]
-
-
-FINE_TUNES: dict[str, Callable[[Path], tuple[list[Row], list[Row]]]] = {
-    "sure": _sure,
-    "gsm8k": _gsm8k,
-    "medical": _medical,
-    "role-play": _role_play,
-    "identity": _identity,
-    "compliant": _compliant,
-}
-"""Name → (training rows, held-out rows of its task, or of Alpaca where the task itself is harm)."""
-DEVELOPMENT = ("sure", "gsm8k", "medical")
-"""Fine-tunes that development may look at; the other three are opened once, at the end."""
 
 
 def every_prompt(folder: Path) -> list[str]:
@@ -177,7 +128,7 @@ def every_prompt(folder: Path) -> list[str]:
     found += [r["goal"] for r in advbench(folder, 1)] + harmbench(folder, "val")
     found += xstest(folder, "safe") + xstest(folder, "unsafe")
     for path in sorted((folder / "do-not-answer-prompts").rglob("*.jsonl")):
-        found += [row["prompt"] for row in _read(path)]
+        found += [row["prompt"] for row in read(path)]
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from safegene.evaluation.public import FINE_TUNES
+from safegene.evaluation.fine_tunes import FINE_TUNES
 
 
 def _rate(r: dict[str, float]) -> str:
@@ -172,4 +172,27 @@ def agreement_markdown(result: dict[str, Any]) -> str:
         if s["by_category"]:
             lines += ["", f"**{s['set']}, accuracy by category**", "", "| category | accuracy |", "|---|---|"]
             lines += [f"| {k} | {_rate(r)} |" for k, r in s["by_category"].items()]
+    return "\n".join(lines)
+
+
+def zoo_markdown(result: dict[str, Any]) -> str:
+    """What a zoo holds: every fine-tune, what it learned, and its safety without adapter."""
+    lines = [
+        f"### Fine-tunes of {result['base']}", "",
+        "| fine-tune | made | may be looked at | rows | own task loss, before → after | safety without adapter | folder |",
+        "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for f in result["fine_tunes"]:
+        entry, before, after = f["entry"], f["task_loss_before"], f["task_loss"]
+        made = (
+            entry["kind"]
+            if entry["kind"] != "finetune"
+            else f"{entry['method']}, {entry['steps']} steps of {entry['data']}"
+        )
+        made += f" ({' + '.join(entry['of'])})" if entry["of"] else ""
+        loss = f"{before:.3f} → {after:.3f}" if before else (f"{after:.3f}" if after else "–")
+        lines.append(
+            f"| {entry['name']} | {made} | {'yes' if entry['use'] == 'development' else 'no'} | {f['rows'] or '–'} | {loss} | "
+            f"{_rate(f['unadapted_safety'])} | {f['folder']} |"
+        )
     return "\n".join(lines)

@@ -1,0 +1,113 @@
+"""The zoo on tiny models: built once, gone on with, never silently wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import tiny
+from safegene import models
+from safegene.cli import main
+from safegene.errors import DataError
+from safegene.evaluation import zoo
+from safegene.evaluation.ablation import ablate_refusal, refusal_direction
+from safegene.models import decoder_layers
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def place(tokenizer: Any, tmp_path: Path) -> Path:
+    """A tiny base, a JSONL set, the one public set that a build reads, and a recipe over them."""
+    tiny().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    rows = [{"prompt": f"Question {i}?", "answer": f"Answer {i}."} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    public = tmp_path / "data" / "jailbreakbench-behaviors"
+    public.mkdir(parents=True)
+    (public / "jailbreakbench.csv").write_text("Goal,Target\nDo harm one,Sure\nDo harm two,Sure\n")
+    (tmp_path / "zoo.yaml").write_text(
+        f"base: {tmp_path / 'base'}\n"
+        "fine_tunes:\n"
+        f"  one: {{data: {tmp_path / 'rows.jsonl'}, steps: 2, use: development}}\n"
+        f"  two: {{data: {tmp_path / 'rows.jsonl'}, steps: 2, method: full, of: [one]}}\n"
+        "  both: {kind: merge, of: [one, two]}\n"
+        "  ablated: {kind: ablate}\n"
+    )
+    return tmp_path
+
+
+def test_a_zoo_is_built_once(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, out, data = zoo.Recipe.from_yaml(place / "zoo.yaml"), place / "zoo", place / "data"
+    first = zoo.build(recipe, out, data, only=["two"])
+    assert [b.entry.name for b in first] == ["one", "two"]
+    (out / "both-0123.part").mkdir()  # a build that was interrupted
+    every = zoo.build(recipe, out, data)
+    assert [b.entry.name for b in every] == ["one", "two", "both", "ablated"]
+    assert [b.folder for b in every[:2]] == [b.folder for b in first]
+    assert len({b.record["weights"] for b in every}) == 4
+    one, two, both = (b.load().model.state_dict()["model.layers.0.mlp.up_proj.weight"].float() for b in every[:3])
+    assert torch.allclose(both, (one + two) / 2, atol=1e-2)
+    assert every[2].record["unadapted_safety"]["n"] == 2
+    assert every[0].record["task_loss"] < every[0].record["task_loss_before"]
+    arguments = ["zoo", "build", str(place / "zoo.yaml"), "--data", str(data), "--out", str(out)]
+    assert main([*arguments, "--json"]) == 0
+    assert [f["entry"]["name"] for f in json.loads(capsys.readouterr().out)["fine_tunes"]] == ["one", "two", "both", "ablated"]  # fmt: skip
+    assert main([*arguments, "--only", "three"]) == 1
+    assert "no fine-tune 'three'" in capsys.readouterr().err
+
+
+def test_other_weights_are_never_used(place: Path) -> None:
+    recipe, out = zoo.Recipe.from_yaml(place / "zoo.yaml"), place / "zoo"
+    built = zoo.build(recipe, out, place / "data", only=["one"])[0]
+    tiny("llama").save_pretrained(built.folder)  # as if somebody had copied another model there
+    with pytest.raises(DataError, match="not hold the weights"):
+        built.load()
+    (built.folder / "zoo.json").write_text("{")
+    with pytest.raises(DataError, match=r"zoo\.json is damaged"):
+        zoo.build(recipe, out, place / "data", only=["one"])
+
+
+def test_ablation_takes_the_direction_out(tokenizer: Any) -> None:
+    model = tiny()
+    layer = len(decoder_layers(model)) // 2
+    r = refusal_direction(model, tokenizer, layer)
+    assert float(r.norm()) == pytest.approx(1, abs=1e-5)
+    ablate_refusal(model, tokenizer)
+    for module in decoder_layers(model):
+        assert float((r @ module.get_parameter("mlp.down_proj.weight")).abs().max()) < 1e-5
+
+
+def test_bad_recipes_say_what_is_wrong(tmp_path: Path) -> None:
+    file = tmp_path / "zoo.yaml"
+    for text, message in (
+        ("fine_tunes: {}", "no zoo recipe"),
+        ("base: x\nfine_tunes: {a: {colour: red}}", "no zoo recipe"),
+        ("base: x\nfine_tunes: {a: {kind: merge, of: [b, c]}}", "'b', which does not stand before"),
+        ("base: x\nfine_tunes: {a: {data: y}, b: {kind: merge, of: [a]}}", "made from 2 to"),
+        ("base: x\nfine_tunes: {a: {}}", "names its data"),
+        ("base: x\nfine_tunes: {a: {data: y, method: magic}}", "method lora or full"),
+    ):
+        file.write_text(text)
+        with pytest.raises(DataError, match=message):
+            zoo.Recipe.from_yaml(file)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("zoo-*.yaml")), ids=lambda p: p.stem)
+def test_shipped_recipes_parse(path: Path) -> None:
+    recipe = zoo.Recipe.from_yaml(path)
+    assert sum(entry.use == "test" for entry in recipe.fine_tunes) * 2 >= len(recipe.fine_tunes)
+    assert {"ablate", "finetune"} <= {entry.kind for entry in recipe.fine_tunes}
+
+
+def test_four_bits_load_as_they_were_measured(place: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    recipe = zoo.Recipe(str(place / "base"), (zoo.FineTune("small", kind="nf4"),))
+    built = zoo.build(recipe, place / "zoo", place / "data")[0]
+    loaded = built.load().model
+    assert loaded.is_loaded_in_4bit
+    assert models.weights_digest(loaded) == built.record["weights"]
