@@ -85,7 +85,7 @@ def test_bad_data_is_one_clear_line(tmp_path: Path) -> None:
     assert contamination.overlap(["Make a cake today"], contamination.digests(["make a cake, today!"]))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("[!z]*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("[!bz]*.yaml")), ids=lambda p: p.stem)
 def test_recipes_parse(path: Path) -> None:
     arguments = TrainingArguments.from_yaml(path)
     assert min(arguments.intervention_layers) >= max(arguments.gate_layers)

@@ -16,6 +16,7 @@ VERBS = {
     "judge": "judge kept answers again, or a judge against people",
     "report": "put runs of eval on one HTML page",
     "zoo": "build a declared set of fine-tunes of one base",
+    "bench": "put the adapter and its rivals on the same fine-tunes",
 }
 _HELP = "usage: safegene VERB [options]\n\n{}\n\nsafegene VERB --help tells a verb's options; safegene --version the version."
 

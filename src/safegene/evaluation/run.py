@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class Answers:
 def ask(
     model: Any, tokenizer: Any, prompts: Sequence[str], *, tokens: int = 48, openings: Sequence[str] = (),
     judge: Judge | None = None, keep: Path | None = None, done: Advance = lambda rows: None,
+    answer: Callable[[Sequence[str], int, Advance], list[str]] | None = None,
 ) -> Answers:  # fmt: skip
     """Greedy answers of `model`, judged by the rules unless told otherwise: what the adapter has to bring back is the refusal, and
     an answer that evades without refusing does not count for it.
@@ -46,10 +47,15 @@ def ask(
     Args:
         openings: text already standing in each answer; the judge sees what the model wrote after it.
         done: called with the number of prompts just answered.
+        answer: asks in the model's place (a method that wraps it).
         keep: JSONL file for prompts, answers and verdicts; answers that stand there already are not generated again.
     """
     judge = judge or RuleJudge()
-    responses = _kept(keep, prompts) or models.generate(model, tokenizer, prompts, tokens, openings=openings, done=done)
+    responses = _kept(keep, prompts)
+    if responses is None and answer is not None:
+        responses = answer(prompts, tokens, done)
+    elif responses is None:
+        responses = models.generate(model, tokenizer, prompts, tokens, openings=openings, done=done)
     verdicts = [judge.judge(asked(p), r) for p, r in zip(prompts, responses, strict=True)]
     if keep is not None:
         keep.parent.mkdir(parents=True, exist_ok=True)

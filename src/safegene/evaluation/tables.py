@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from safegene.evaluation.fine_tunes import FINE_TUNES
@@ -196,3 +197,59 @@ def zoo_markdown(result: dict[str, Any]) -> str:
             f"{_rate(f['unadapted_safety'])} | {f['folder']} |"
         )
     return "\n".join(lines)
+
+
+def bench_markdown(result: dict[str, Any]) -> str:
+    """Methods side by side, then every cell, then the paired comparisons."""
+    summary = {k: v for k, v in result["summary"].items() if k != "against the adapter"}
+    lines = [
+        f"### Methods on fine-tunes of {result['base']}", "",
+        "| method | fine-tunes | safety, mean; worst | retention, mean; worst | refused: twins / XSTest safe / ordinary | task loss | "
+        "seconds to protect | gradient steps | extra parameters | extra tokens | source |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for method, s in summary.items():
+        safe = [r["value"] for name, r in s["safety"].items() if name != "base"]
+        kept = [r["value"] for r in s["retention"].values()]
+        refused = [
+            f"{100 * _mean([r['value'] for key in keys for name, r in s['refused'][key].items() if name != 'base']):.1f} %"
+            for keys in (["twins"], ["XSTest safe"], ["Alpaca", "MT-Bench"])
+        ]
+        cost, loss = s["cost"], s["task_loss_added"]
+        lines.append(
+            f"| {method} | {len(s['fine_tunes'])} | {_mean_and_worst(safe)} | {_mean_and_worst(kept)} | {' / '.join(refused)} | "
+            f"{'–' if loss is None else f'{100 * loss:+.2f} %'} | {s['seconds']:.1f} | {cost.get('gradient_steps', '–')} | "
+            f"{cost.get('extra_parameters', '–')} | {cost.get('extra_tokens', '–')} | {s['source']} |"
+        )
+    lines += [
+        "",
+        "### Safety score by fine-tune",
+        "",
+        "| fine-tune | " + " | ".join(summary) + " |",
+        "|---" * (len(summary) + 1) + "|",
+    ]
+    for name in dict.fromkeys(c["fine_tune"] for c in result["cells"]):
+        cells = [_rate(s["safety"][name]) if name in s["safety"] else "–" for s in summary.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "### The adapter against the others, on the same prompts",
+        "",
+        "| against | share there | adapter | difference | p, corrected | better |",
+        "|---|---|---|---|---|---|",
+    ]
+    for d in result["summary"]["against the adapter"]:
+        better = ("adapter" if d["value"] > 0 else d["name"].split(",")[0]) if d["ranked"] else "noise"
+        lines.append(
+            f"| {d['name']}, n = {d['n']} | {100 * d['before']:.1f} % | {100 * d['after']:.1f} % | "
+            f"{100 * d['value']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}] | {d['corrected']:.3f} | {better} |"
+        )
+    return "\n".join(lines)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _mean_and_worst(values: Sequence[float]) -> str:
+    return f"{100 * _mean(values):.1f} %; {100 * min(values):.1f} %" if values else "–"

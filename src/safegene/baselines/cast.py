@@ -1,0 +1,135 @@
+"""Conditional activation steering: where a prompt looks harmful, add the refusal vector while the answer is written.
+
+    condition   cos(h_c, proj_v h_c) of the prompt's mean at layer c, v the first principal direction of harmful − harmless
+    behaviour   h_l ← h_l + α r_l               r_l = mean h_l(refusing) − mean h_l(complying), layers 40 to 70 %
+
+The decision is taken once a request, on its prompt, and kept while it is answered.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safegene import models
+from safegene.baselines.method import Cost, Method, Protected, Setting
+from safegene.calibration import end_of_turn, gate_features
+from safegene.models import LoadedModel, decoder_layers
+from safegene.progress import Advance
+from safegene.training import data
+
+BATCH = 32
+ALPHA = 1.5
+PROMPTS = 120
+
+
+class ConditionalSteering(Method):
+    """Vectors and threshold are read on the base, once, and used on the fine-tune as they are: that is the method's promise."""
+
+    name = "cast"
+    source = "Lee et al. 2024, arXiv 2409.05907"
+
+    def protect(self, loaded: LoadedModel, setting: Setting) -> Protected:
+        depth = len(decoder_layers(loaded.model))
+        condition, steered = round(0.5 * depth), list(range(round(0.4 * depth), round(0.7 * depth)))
+        base = setting.load()
+        direction, threshold = condition_of(base, setting, condition)
+        vectors = behaviour(base, setting, steered)
+        stack: Any = decoder_layers(loaded.model)
+        armed: list[Tensor] = []
+
+        def steer(layer: int) -> Any:
+            def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+                hidden = output[0] if isinstance(output, tuple) else output
+                added = ALPHA * armed[0][: len(hidden), None, None] * vectors[layer].to(hidden.dtype)
+                return (hidden + added, *output[1:]) if isinstance(output, tuple) else hidden + added
+
+            return hook
+
+        def answer(prompts: Sequence[str], tokens: int, advance: Advance) -> list[str]:
+            texts = [prompt.strip() for prompt in prompts]
+            order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+            said = [""] * len(prompts)
+            for first in range(0, len(order), BATCH):
+                rows = order[first : first + BATCH]
+                some = [texts[i] for i in rows]
+                # generate sorts by length again, and keeps the order of what is sorted already
+                harmful = similarity(loaded, some, condition, direction) > threshold
+                armed[:] = [harmful.float()]
+                hooks = [stack[layer].register_forward_hook(steer(layer)) for layer in steered]
+                try:
+                    found = models.generate(loaded.model, loaded.tokenizer, some, tokens, batch=BATCH)
+                finally:
+                    for hook in hooks:
+                        hook.remove()
+                for i, text in zip(rows, found, strict=True):
+                    said[i] = text
+                advance(len(rows))
+            return said
+
+        parameters = (len(steered) + 1) * len(direction)
+        # The prompt is read once more to decide.
+        return Protected(loaded.model, loaded.tokenizer, answer, Cost(extra_parameters=parameters, extra_tokens=40))
+
+
+def prompt_means(loaded: LoadedModel, texts: Sequence[str], layer: int) -> Tensor:
+    """Mean of the hidden states over each chat's prompt, [texts, d]."""
+    chats = [end_of_turn(loaded.tokenizer, text)[0] for text in texts]
+    read = dict(gate_features(loaded.model, [layer], chats, loaded.tokenizer.pad_token_id or 0))
+    return torch.stack([read[i][0].float().mean(0) for i in range(len(chats))])
+
+
+def similarity(loaded: LoadedModel, texts: Sequence[str], layer: int, direction: Tensor) -> Tensor:
+    """Cosine between each prompt's mean and its projection on the condition's direction, [texts]."""
+    means = prompt_means(loaded, texts, layer)
+    return (
+        torch.nn.functional.cosine_similarity(means, torch.outer(means @ direction, direction), dim=-1)
+        * (means @ direction).sign()
+    )
+
+
+def condition_of(base: LoadedModel, setting: Setting, layer: int) -> tuple[Tensor, float]:
+    """The condition's unit direction [d], and the threshold that parts harmful from harmless best on the budget's text."""
+    harmful = [p.harmful for p in setting.pairs[:PROMPTS]]
+    harmless = random.Random(6).sample(list(data.ordinary()), PROMPTS)
+    bad, good = prompt_means(base, harmful, layer), prompt_means(base, harmless, layer)
+    spread = torch.cat([bad - good.mean(0), good.mean(0) - good])
+    direction = torch.linalg.svd(spread, full_matrices=False).Vh[0]
+    direction = direction * ((bad.mean(0) - good.mean(0)) @ direction).sign()
+    scores = [similarity(base, texts, layer, direction) for texts in (harmful, harmless)]
+    levels = torch.cat(scores)
+    right = [(scores[0] > level).float().mean() + (scores[1] <= level).float().mean() for level in levels]
+    return direction, float(levels[int(torch.stack(right).argmax())])
+
+
+def behaviour(base: LoadedModel, setting: Setting, layers: Sequence[int]) -> dict[int, Tensor]:
+    """The refusal vector of every steered layer, [d] each: answers that refuse against answers that begin to comply."""
+    rng = random.Random(7)
+    pairs = setting.pairs[:PROMPTS]
+    hidden: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    kept: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            kept[layer] = (output[0] if isinstance(output, tuple) else output)[0, -1].float()
+
+        return hook
+
+    stack = decoder_layers(base.model)
+    hooks = [stack[layer].register_forward_hook(keep(layer)) for layer in layers]
+    try:
+        for pair in pairs:
+            for sign, answer in ((1, "I cannot help with"), (-1, rng.choice(data.OPENINGS))):
+                ids, _ = end_of_turn(base.tokenizer, pair.harmful, answer)
+                with torch.no_grad():
+                    base.model(input_ids=torch.tensor([ids], device=base.model.device), use_cache=False)
+                for layer in layers:
+                    hidden[layer].append(sign * kept[layer])
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return {layer: torch.stack(states).sum(0) / len(pairs) for layer, states in hidden.items()}

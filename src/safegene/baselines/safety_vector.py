@@ -1,0 +1,54 @@
+"""Safety vectors: add back, in weight space, what an aligned model has and a degraded one has lost.
+
+RESTA   W ← W + γ DARE(V)                  V = W_aligned − W_degraded; DARE drops a share of V and scales the rest up
+LSSF    W ← W + γ U_k S_k Vᵀ_k             k by the entropy of V's singular values
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from safegene.baselines.method import Cost, Method, Protected, Setting, difference, generated, matrices
+from safegene.models import LoadedModel
+
+GAMMA = 1.0
+DROPPED = 0.3
+
+
+class SafetyVector(Method):
+    """RESTA."""
+
+    name: ClassVar[str] = "safety-vector"
+    source: ClassVar[str] = "RESTA, Bhardwaj et al. 2024, arXiv 2402.11746"
+
+    def vector(self, difference: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        kept = torch.rand(difference.shape, generator=generator) >= DROPPED
+        return difference * kept / (1 - DROPPED)
+
+    def protect(self, loaded: LoadedModel, setting: Setting) -> Protected:
+        lost = difference(setting.aligned(), setting.degraded())
+        for name, weight in matrices(loaded.model).items():
+            weight.copy_((weight.float() + GAMMA * self.vector(lost[name])).to(weight.dtype))
+        return Protected(loaded.model, loaded.tokenizer, generated(loaded), Cost())
+
+
+class LowRankVector(SafetyVector):
+    """LSSF: the part of the vector that its own entropy says is signal."""
+
+    name = "low-rank-vector"
+    source = "LSSF, arXiv 2602.00038"
+
+    def vector(self, difference: Tensor) -> Tensor:
+        u, s, vt = torch.linalg.svd(difference, full_matrices=False)
+        return (u[:, : rank(s)] * s[: rank(s)]) @ vt[: rank(s)]
+
+
+def rank(singular_values: Tensor) -> int:
+    """Effective rank: exp of the entropy of the normalised singular values (Roy and Vetterli 2007), at least 1."""
+    share = singular_values / singular_values.sum().clamp_min(1e-12)
+    entropy = -(share * share.clamp_min(1e-12).log()).sum()
+    return max(1, min(len(singular_values), round(float(entropy.exp()))))

@@ -1,0 +1,48 @@
+"""Realignment: fine-tune the fine-tune once more, on refusals and on harmless answers, after every fine-tune."""
+
+from __future__ import annotations
+
+import random
+from typing import ClassVar
+
+from safegene.baselines.method import Cost, Method, Protected, Setting, generated
+from safegene.models import LoadedModel
+from safegene.training import data
+from safegene.training.finetune import Row, finetune
+
+
+class Sft(Method):
+    """LoRA on the budget's rows, merged."""
+
+    name: ClassVar[str] = "sft"
+    source: ClassVar[str] = "Bianchi et al. 2023, arXiv 2309.07875"
+
+    def rows(self, setting: Setting) -> list[Row]:
+        return setting.safety_rows
+
+    def protect(self, loaded: LoadedModel, setting: Setting) -> Protected:
+        rows = self.rows(setting)
+        model = finetune(
+            loaded.model,
+            loaded.tokenizer,
+            rows,
+            None,
+            steps=setting.steps,
+            learning_rate=2e-4,
+            progress=setting.progress,
+        )
+        tuned = LoadedModel(model, loaded.tokenizer, loaded.name)
+        return Protected(model, loaded.tokenizer, generated(tuned), Cost(len(rows), setting.steps))
+
+
+class RedTeamSft(Sft):
+    """The same budget, half of the refusals after an answer that has begun to comply, as red teams find them."""
+
+    name = "sft-red-team"
+    source = "Qi et al. 2024, arXiv 2406.05946"
+
+    def rows(self, setting: Setting) -> list[Row]:
+        rng = random.Random(3)
+        refusals = [{"prompt": p.harmful, "answer": data.refusal(p, rng)} for p in setting.pairs]
+        begun = [{**row, "answer": rng.choice(data.OPENINGS) + row["answer"]} for row in refusals[::2]]
+        return refusals[1::2] + begun + setting.harmless

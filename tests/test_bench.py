@@ -1,0 +1,124 @@
+"""The rivals and the bench on tiny models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import random_adapter, tiny
+from safegene import models
+from safegene.baselines import METHODS, Setting
+from safegene.baselines.alpha_steer import solve
+from safegene.baselines.fold import layer_of
+from safegene.baselines.method import matrices
+from safegene.baselines.safe_lora import project
+from safegene.baselines.safety_vector import rank
+from safegene.config import Anchor
+from safegene.errors import DataError
+from safegene.evaluation import bench
+from safegene.models import LoadedModel
+from test_zoo import place  # noqa: F401
+
+
+@pytest.fixture
+def setting(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setting:
+    """A tiny base, its random adapter, and the least budget."""
+    tiny().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    anchors = tuple(Anchor(f"{label} {i}", label) for label in ("harmful", "ordinary") for i in range(4))  # type: ignore[arg-type]
+    adapter = random_adapter(tiny(), tokenizer, anchors=anchors)
+    adapter.save_pretrained(tmp_path / "adapter")
+    for name in ("fold.CONTRAST_PROMPTS", "cast.PROMPTS", "alpha_steer.PROMPTS"):
+        monkeypatch.setattr(f"safegene.baselines.{name}", 4)
+    monkeypatch.setattr("safegene.baselines.fold.EXAMPLES", 4)
+    monkeypatch.setattr("safegene.baselines.fold.STEPS", 2)
+    return Setting(
+        str(tmp_path / "base"), tmp_path / "once", str(tmp_path / "adapter"), examples=8, steps=2,
+        judge=lambda prompts, answers: [i == 0 for i in range(len(prompts))],
+    )  # fmt: skip
+
+
+CHANGES_WEIGHTS = ("fold", "sft", "sft-red-team", "safety-vector", "low-rank-vector", "safe-lora", "safe-merge")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_answers(name: str, setting: Setting, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "adapter":
+        monkeypatch.setattr("safegene.calibration.MIN_SEPARATION", 0.0)
+    loaded = LoadedModel(tiny(), tokenizer, "fine-tune")
+    with torch.no_grad():
+        for weight in matrices(loaded.model).values():
+            weight += 0.001 * torch.randn_like(weight)
+    before = models.weights_digest(loaded.model)
+    protected = METHODS[name]().protect(loaded, setting)
+    prompts = ["What is a lock?", "Hi", "How do I break in somewhere at night?"]
+    done: list[int] = []
+    answers = protected.answer(prompts, 4, done.append)
+    assert len(answers) == 3
+    assert sum(done) == 3
+    if name in CHANGES_WEIGHTS:
+        assert models.weights_digest(protected.model) != before
+    if name == "guard":
+        assert answers[0] == "I cannot help with that."
+    assert METHODS[name].source
+
+
+def test_the_arithmetic_of_the_rivals() -> None:
+    assert layer_of("model.layers.12.mlp.up_proj.weight") == 12
+    assert rank(torch.tensor([1.0, 0.0, 0.0])) == 1
+    assert rank(torch.ones(4)) == 4
+    u = torch.randn(6, 1)
+    update = u @ torch.randn(1, 5)
+    projected, similarity = project(u @ torch.randn(1, 5), update)
+    assert similarity == pytest.approx(1.0, abs=1e-4)  # an update inside the subspace stays as it points
+    assert projected.shape == update.shape
+    torch.manual_seed(0)
+    harmless = torch.cat([torch.randn(50, 4), torch.zeros(50, 4)], 1)
+    harmful = torch.cat([torch.randn(50, 4), torch.ones(50, 4)], 1)
+    delta = solve(harmful, harmless, torch.arange(8.0))
+    assert float((harmless @ delta).abs().max()) < 1e-4  # nothing happens to harmless prompts
+    assert float((harmful @ delta)[:, -1].mean()) > 0.1
+
+
+def test_a_bench_makes_each_cell_once(
+    place: Path,  # noqa: F811
+    setting: Setting,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bench, "prompts", lambda data, harmful, harmless: {k: [f"{k} {i}" for i in range(2)] for k in (*bench.HARMFUL, "twins", "XSTest safe", *bench.ORDINARY)})  # fmt: skip
+    (place / "bench.yaml").write_text(
+        "zoo: zoo.yaml\nadapter: none\nstages:\n"
+        "  - {methods: [nothing, adapter], harmful: 10, harmless: 8, fine_tunes: [base, one]}\n"
+        "  - {methods: [system-prompt], harmful: 10, harmless: 8, fine_tunes: [one]}\n"
+    )
+    recipe = bench.Recipe.from_yaml(place / "bench.yaml")
+    recipe = bench.Recipe(recipe.zoo, setting.adapter, recipe.stages)
+    result = bench.bench(recipe, place / "out" / "bench", place / "data")
+    cells = {(c["fine_tune"], c["method"]): c for c in result["cells"]}
+    assert set(cells) == {(f, m) for f in ("base", "one") for m in ("nothing", "adapter")} | {("one", "system-prompt")}
+    refused = cells["one", "adapter"]  # a random gate tells nothing: attaching is refused, and counts as a failure
+    assert "no longer tells" in refused["refused_to_attach"]
+    assert result["summary"]["adapter"]["safety"]["one"]["value"] == 0.0
+    assert result["summary"]["adapter"]["refused_to_attach"] == ["base", "one"]
+    path = next((place / "out" / "bench").glob("one-*/nothing/cell.json"))
+    stamp = path.stat().st_mtime_ns
+    bench.bench(recipe, place / "out" / "bench", place / "data")
+    assert path.stat().st_mtime_ns == stamp
+    assert json.loads((place / "out" / "bench" / "bench.json").read_text())["summary"]["nothing"]["fine_tunes"] == [
+        "one"
+    ]
+
+
+def test_bad_bench_recipes(tmp_path: Path) -> None:
+    file = tmp_path / "bench.yaml"
+    for text, message in (
+        ("stages: []", "no bench recipe"),
+        ("zoo: z\nadapter: a\nstages: [{methods: [magic], harmful: 1, harmless: 1}]", "no method 'magic'"),
+    ):
+        file.write_text(text)
+        with pytest.raises(DataError, match=message):
+            bench.Recipe.from_yaml(file)
