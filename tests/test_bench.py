@@ -42,9 +42,10 @@ def setting(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     )  # fmt: skip
 
 
-CHANGES_WEIGHTS = ("fold", "sft", "sft-red-team", "safety-vector", "low-rank-vector", "safe-lora", "safe-merge")
+CHANGES_WEIGHTS = ("fold", "sft", "sft-red-team", "dpo", "safety-vector", "low-rank-vector", "safe-lora", "safe-merge")
 
 
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_answers(name: str, setting: Setting, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "adapter":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from safegene.baselines.alpha_steer import AlphaSteer
 from safegene.baselines.cast import ConditionalSteering
+from safegene.baselines.dpo import Dpo
 from safegene.baselines.fold import Fold
 from safegene.baselines.guard import Guard
 from safegene.baselines.method import Cost, Method, Protected, Setting
@@ -22,7 +23,7 @@ from safegene.baselines.system_prompt import SystemPrompt
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
-        Nothing, SystemPrompt, Adapter, Fold, Sft, RedTeamSft, SelfCorrection, Guard, SafetyVector, LowRankVector, SafeLora,
+        Nothing, SystemPrompt, Adapter, Fold, Sft, RedTeamSft, Dpo, SelfCorrection, Guard, SafetyVector, LowRankVector, SafeLora,
         SafeMerge, ConditionalSteering, AlphaSteer,
     )
 }  # fmt: skip

@@ -1,0 +1,72 @@
+"""Realignment by preference: refusals over compliant beginnings, harmless answers over refusals, after every fine-tune."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from typing import Any
+
+import torch
+
+from safegene.baselines.method import Cost, Method, Protected, Setting, generated
+from safegene.errors import DataError
+from safegene.models import LoadedModel
+from safegene.training import data
+from safegene.training.finetune import Report, lora
+
+BETA = 0.1
+
+
+class Dpo(Method):
+    """trl's trainer on the budget's rows. What is rejected after a harmful request is a beginning ("Sure! "), never an answer."""
+
+    name = "dpo"
+    source = "Rafailov et al. 2023, arXiv 2305.18290"
+
+    def protect(self, loaded: LoadedModel, setting: Setting) -> Protected:
+        try:
+            from datasets import Dataset
+            from trl import DPOConfig, DPOTrainer
+        except ImportError as error:
+            raise DataError("the dpo rival needs trl; run: pip install 'safegene[bench]'") from error
+        rows = preferences(setting)
+        torch.manual_seed(0)
+        with tempfile.TemporaryDirectory() as scratch:
+            trainer: Any = DPOTrainer(
+                model=lora(loaded.model),
+                args=DPOConfig(
+                    output_dir=scratch, max_steps=setting.steps, per_device_train_batch_size=8, learning_rate=2e-4,
+                    lr_scheduler_type="cosine", warmup_steps=5, beta=BETA, max_length=256, save_strategy="no", report_to=[],
+                    seed=0, disable_tqdm=True, use_cpu=not torch.cuda.is_available(), bf16=False,
+                    gradient_checkpointing=False, logging_steps=10,
+                ),
+                train_dataset=Dataset.from_list(rows),
+                processing_class=loaded.tokenizer,
+                callbacks=[Report(setting.progress("dpo", setting.steps))],
+            )  # fmt: skip
+            from transformers import PrinterCallback
+
+            trainer.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to results
+            trainer.train()
+        model = trainer.model.merge_and_unload()
+        model.config.use_cache = True
+        model.requires_grad_(True)
+        tuned = LoadedModel(model.eval(), loaded.tokenizer, loaded.name)
+        return Protected(model, loaded.tokenizer, generated(tuned), Cost(len(rows), setting.steps))
+
+
+def preferences(setting: Setting) -> list[dict[str, Any]]:
+    """Rows as trl wants them: prompt, chosen and rejected, each a list of messages."""
+    rng = random.Random(9)
+
+    def row(prompt: str, chosen: str, rejected: str) -> dict[str, Any]:
+        return {
+            "prompt": [{"role": "user", "content": prompt}],
+            "chosen": [{"role": "assistant", "content": chosen}],
+            "rejected": [{"role": "assistant", "content": rejected.strip()}],
+        }
+
+    refusals = [row(p.harmful, data.refusal(p, rng), rng.choice(data.OPENINGS)) for p in setting.pairs]
+    some = [data.refusal(p, rng) for p in setting.pairs]
+    served = [row(r["prompt"], r["answer"], rng.choice(some)) for r in setting.harmless]
+    return refusals + served
