@@ -8,15 +8,13 @@ h        ← h + α h Δ                                                  at eve
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from safegene.baselines.cast import behaviour
-from safegene.baselines.method import Cost, Method, Protected, Setting, generated
-from safegene.calibration import end_of_turn
+from safegene.baselines.method import Cost, Method, Protected, Setting, generated, last_states
 from safegene.models import LoadedModel, decoder_layers
 from safegene.training import data
 
@@ -41,8 +39,8 @@ class AlphaSteer(Method):
         harmless = [p.twin for p in setting.pairs[: PROMPTS // 2]] + random.Random(8).sample(
             list(data.ordinary()), PROMPTS
         )
-        bad = last_states(base, [p.harmful for p in setting.pairs[:PROMPTS]], layers)
-        good = last_states(base, harmless, layers)
+        bad = last_states(base, [(p.harmful, "") for p in setting.pairs[:PROMPTS]], layers)
+        good = last_states(base, [(text, "") for text in harmless], layers)
         vectors = behaviour(base, setting, layers)
         stack: Any = decoder_layers(loaded.model)
         size = 0
@@ -70,26 +68,3 @@ def solve(harmful: Tensor, harmless: Tensor, vector: Tensor) -> Tensor:
     target = vector.expand(len(harmful), -1)
     ridge = RIDGE * torch.eye(null.shape[1]) * float(seen.pow(2).mean())
     return null @ torch.linalg.solve(seen.T @ seen + ridge, seen.T @ target)
-
-
-@torch.no_grad()
-def last_states(loaded: LoadedModel, texts: Sequence[str], layers: Sequence[int]) -> dict[int, Tensor]:
-    """Raw residual at each prompt's last token, [texts, d] by layer."""
-    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-
-    def keep(layer: int) -> Any:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            found[layer].append((output[0] if isinstance(output, tuple) else output)[0, -1].float())
-
-        return hook
-
-    stack = decoder_layers(loaded.model)
-    hooks = [stack[layer].register_forward_hook(keep(layer)) for layer in layers]
-    try:
-        for text in texts:
-            ids, _ = end_of_turn(loaded.tokenizer, text)
-            loaded.model(input_ids=torch.tensor([ids], device=loaded.model.device), use_cache=False)
-    finally:
-        for handle in hooks:
-            handle.remove()
-    return {layer: torch.stack(states) for layer, states in found.items()}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from safegene import models
-from safegene.baselines.method import Cost, Method, Protected, Setting
+from safegene.baselines.method import Cost, Method, Protected, Setting, last_states
 from safegene.calibration import end_of_turn, gate_features
 from safegene.models import LoadedModel, decoder_layers
 from safegene.progress import Advance
@@ -110,26 +110,6 @@ def behaviour(base: LoadedModel, setting: Setting, layers: Sequence[int]) -> dic
     """The refusal vector of every steered layer, [d] each: answers that refuse against answers that begin to comply."""
     rng = random.Random(7)
     pairs = setting.pairs[:PROMPTS]
-    hidden: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    kept: dict[int, Tensor] = {}
-
-    def keep(layer: int) -> Any:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            kept[layer] = (output[0] if isinstance(output, tuple) else output)[0, -1].float()
-
-        return hook
-
-    stack = decoder_layers(base.model)
-    hooks = [stack[layer].register_forward_hook(keep(layer)) for layer in layers]
-    try:
-        for pair in pairs:
-            for sign, answer in ((1, "I cannot help with"), (-1, rng.choice(data.OPENINGS))):
-                ids, _ = end_of_turn(base.tokenizer, pair.harmful, answer)
-                with torch.no_grad():
-                    base.model(input_ids=torch.tensor([ids], device=base.model.device), use_cache=False)
-                for layer in layers:
-                    hidden[layer].append(sign * kept[layer])
-    finally:
-        for handle in hooks:
-            handle.remove()
-    return {layer: torch.stack(states).sum(0) / len(pairs) for layer, states in hidden.items()}
+    refusing = last_states(base, [(p.harmful, "I cannot help with") for p in pairs], layers)
+    complying = last_states(base, [(p.harmful, rng.choice(data.OPENINGS)) for p in pairs], layers)
+    return {layer: (refusing[layer] - complying[layer]).mean(0) for layer in layers}

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from safegene import models
+from safegene.calibration import end_of_turn
 from safegene.models import LoadedModel
 from safegene.progress import Advance, Progress, silent
 from safegene.training import data
@@ -147,6 +149,29 @@ def generated(loaded: LoadedModel, chat: Callable[[str], Any] = str) -> Answer:
         return models.generate(loaded.model, loaded.tokenizer, asked, tokens, done=advance)
 
     return answer
+
+
+@torch.no_grad()
+def last_states(loaded: LoadedModel, chats: Sequence[tuple[str, str]], layers: Sequence[int]) -> dict[int, Tensor]:
+    """Raw residual at the last token of every chat (prompt, beginning of the answer), [chats, d] by layer, float32."""
+    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+
+    def keep(layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            found[layer].append((output[0] if isinstance(output, tuple) else output)[0, -1].float())
+
+        return hook
+
+    stack = models.decoder_layers(loaded.model)
+    hooks = [stack[layer].register_forward_hook(keep(layer)) for layer in layers]
+    try:
+        for prompt, begun in chats:
+            ids, _ = end_of_turn(loaded.tokenizer, prompt, begun)
+            loaded.model(input_ids=torch.tensor([ids], device=loaded.model.device), use_cache=False)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return {layer: torch.stack(states) for layer, states in found.items()}
 
 
 def matrices(model: Any) -> dict[str, Tensor]:
