@@ -480,6 +480,7 @@ def test_report_shows_runs_and_their_differences(tokenizer: Any, tmp_path: Path)
     assert main(["report", str(tmp_path / "nothing")]) == 1
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # the driver's pipes
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium (.ci/run installs it)")
 def test_the_report_in_a_browser(tokenizer: Any, tmp_path: Path) -> None:
     from playwright.sync_api import sync_playwright
@@ -497,6 +498,7 @@ def test_the_report_in_a_browser(tokenizer: Any, tmp_path: Path) -> None:
         complaints: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
         page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
         page.goto((tmp_path / "r.html").as_uri())
         for width in (390, 1280):  # a phone, a desk
             page.set_viewport_size({"width": width, "height": 844})

@@ -33,7 +33,7 @@ def place(tokenizer: Any, tmp_path: Path) -> Path:
     (tmp_path / "zoo.yaml").write_text(
         f"base: {tmp_path / 'base'}\n"
         "fine_tunes:\n"
-        f"  one: {{data: {tmp_path / 'rows.jsonl'}, steps: 2, use: development}}\n"
+        f"  one: {{data: {tmp_path / 'rows.jsonl'}, steps: 20, use: development}}\n"
         f"  two: {{data: {tmp_path / 'rows.jsonl'}, steps: 2, method: full, of: [one]}}\n"
         "  both: {kind: merge, of: [one, two]}\n"
         "  ablated: {kind: ablate}\n"
@@ -73,13 +73,14 @@ def test_other_weights_are_never_used(place: Path) -> None:
 
 
 def test_ablation_takes_the_direction_out(tokenizer: Any) -> None:
-    model = tiny()
-    layer = len(decoder_layers(model)) // 2
-    r = refusal_direction(model, tokenizer, layer)
+    loaded = models.LoadedModel(tiny(), tokenizer, "tiny")
+    layer = len(decoder_layers(loaded.model)) // 2
+    r = refusal_direction(loaded, layer)
     assert float(r.norm()) == pytest.approx(1, abs=1e-5)
-    ablate_refusal(model, tokenizer)
-    for module in decoder_layers(model):
-        assert float((r @ module.get_parameter("mlp.down_proj.weight")).abs().max()) < 1e-5
+    ablate_refusal(loaded)
+    ids = torch.tensor([[5, 9, 17, 30]])
+    for hidden in loaded.model(input_ids=ids, output_hidden_states=True).hidden_states[:-1]:
+        assert float((hidden @ r).abs().max()) < 1e-4  # nothing in the residual stream, anywhere
 
 
 def test_bad_recipes_say_what_is_wrong(tmp_path: Path) -> None:
@@ -104,10 +105,24 @@ def test_shipped_recipes_parse(path: Path) -> None:
     assert {"ablate", "finetune"} <= {entry.kind for entry in recipe.fine_tunes}
 
 
-def test_four_bits_load_as_they_were_measured(place: Path) -> None:
+def test_four_bits_are_few_numbers(place: Path) -> None:
     pytest.importorskip("bitsandbytes")
     recipe = zoo.Recipe(str(place / "base"), (zoo.FineTune("small", kind="nf4"),))
-    built = zoo.build(recipe, place / "zoo", place / "data")[0]
-    loaded = built.load().model
-    assert loaded.is_loaded_in_4bit
-    assert models.weights_digest(loaded) == built.record["weights"]
+    weight = (
+        zoo.build(recipe, place / "zoo", place / "data")[0]
+        .load()
+        .model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    )
+    assert len(weight.flatten()[:64].unique()) <= 16  # a block of 64 shares its scale
+
+
+def test_a_tied_matrix_is_averaged_once(place: Path) -> None:
+    one, two = tiny(), tiny()
+    for model in (one, two):
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    with torch.no_grad():
+        two.get_input_embeddings().weight.add_(2.0)
+    wanted = one.get_input_embeddings().weight.detach() + 1.0
+    zoo._average(one, [two])
+    assert torch.allclose(one.get_input_embeddings().weight, wanted, atol=1e-5)

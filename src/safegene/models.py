@@ -111,13 +111,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     part.rename(folder)
 
 
-def load(
-    name: str | Path, *, dtype: str | torch.dtype = "auto", device: str | None = None, nf4: bool = False
-) -> LoadedModel:
+def load(name: str | Path, *, dtype: str | torch.dtype = "auto", device: str | None = None) -> LoadedModel:
     """Load model and tokenizer in evaluation mode.
-
-    Args:
-        nf4: hold the linear layers in four bits (bitsandbytes' NF4).
 
     Raises:
         ModelNotFoundError: nothing has this name, or the hub cannot be reached.
@@ -129,23 +124,15 @@ def load(
     source = resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-        quantised = {"quantization_config": _nf4(), "device_map": device or "cpu"} if nf4 else {}
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **quantised)
-    except (OSError, ValueError, ImportError) as error:
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelNotFoundError(
             f"{name}: cannot be loaded ({first}); give a local folder, {EMBEDDED}, or a hub id while online."
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = model if nf4 else model.to(device or "cpu")
-    return LoadedModel(model.eval(), tokenizer, str(name))
-
-
-def _nf4() -> Any:
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+    return LoadedModel(model.to(device or "cpu").eval(), tokenizer, str(name))
 
 
 @torch.no_grad()

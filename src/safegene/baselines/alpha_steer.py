@@ -7,7 +7,6 @@ h        ← h + α h Δ                                                  at eve
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from safegene.baselines.cast import behaviour
 from safegene.baselines.method import Cost, Method, Protected, Setting, generated, last_states
 from safegene.models import LoadedModel, decoder_layers
-from safegene.training import data
 
 NULL = 0.4
 """Share of the directions, those in which harmless prompts vary least, in which steering may read."""
@@ -32,22 +30,22 @@ class AlphaSteer(Method):
     name = "alpha-steer"
     source = "Sheng et al. 2025, arXiv 2506.07022"
 
-    def protect(self, loaded: LoadedModel, setting: Setting) -> Protected:
-        depth = len(decoder_layers(loaded.model))
-        layers = [round(share * depth) for share in (0.4, 0.5, 0.6)]
+    def prepare(self, setting: Setting) -> None:
         base = setting.load()
-        harmless = [p.twin for p in setting.pairs[: PROMPTS // 2]] + random.Random(8).sample(
-            list(data.ordinary()), PROMPTS
-        )
+        depth = len(decoder_layers(base.model))
+        layers = [round(share * depth) for share in (0.4, 0.5, 0.6)]
         bad = last_states(base, [(p.harmful, "") for p in setting.pairs[:PROMPTS]], layers)
-        good = last_states(base, [(text, "") for text in harmless], layers)
+        # Harmless states at every position, answers included: steering acts there too, and far more of them than features
+        # are needed, or the null space is what was merely not seen.
+        good = last_states(base, [(r["prompt"], r["answer"]) for r in setting.harmless], layers, every=True)
         vectors = behaviour(base, setting, layers)
+        self.matrices = {layer: solve(bad[layer], good[layer], vectors[layer]) for layer in layers}
+
+    def protect(self, loaded: LoadedModel, setting: Setting) -> Protected:
         stack: Any = decoder_layers(loaded.model)
-        size = 0
-        for layer in layers:
-            matrix = solve(bad[layer], good[layer], vectors[layer])
-            size += matrix.numel()
+        for layer, matrix in self.matrices.items():
             stack[layer].register_forward_hook(_steer(matrix))
+        size = sum(matrix.numel() for matrix in self.matrices.values())
         return Protected(loaded.model, loaded.tokenizer, generated(loaded), Cost(extra_parameters=size))
 
 

@@ -33,19 +33,22 @@ class ConditionalSteering(Method):
     name = "cast"
     source = "Lee et al. 2024, arXiv 2409.05907"
 
-    def protect(self, loaded: LoadedModel, setting: Setting) -> Protected:
-        depth = len(decoder_layers(loaded.model))
-        condition, steered = round(0.5 * depth), list(range(round(0.4 * depth), round(0.7 * depth)))
+    def prepare(self, setting: Setting) -> None:
         base = setting.load()
-        direction, threshold = condition_of(base, setting, condition)
-        vectors = behaviour(base, setting, steered)
+        depth = len(decoder_layers(base.model))
+        self.condition, self.steered = round(0.5 * depth), list(range(round(0.4 * depth), round(0.7 * depth)))
+        self.direction, self.threshold = condition_of(base, setting, self.condition)
+        self.vectors = behaviour(base, setting, self.steered)
+
+    def protect(self, loaded: LoadedModel, setting: Setting) -> Protected:
+        condition, steered, direction, vectors = self.condition, self.steered, self.direction, self.vectors
         stack: Any = decoder_layers(loaded.model)
         armed: list[Tensor] = []
 
         def steer(layer: int) -> Any:
             def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
                 hidden = output[0] if isinstance(output, tuple) else output
-                added = ALPHA * armed[0][: len(hidden), None, None] * vectors[layer].to(hidden.dtype)
+                added = (ALPHA * armed[0][: len(hidden), None, None] * vectors[layer]).to(hidden.dtype)
                 return (hidden + added, *output[1:]) if isinstance(output, tuple) else hidden + added
 
             return hook
@@ -58,7 +61,7 @@ class ConditionalSteering(Method):
                 rows = order[first : first + BATCH]
                 some = [texts[i] for i in rows]
                 # generate sorts by length again, and keeps the order of what is sorted already
-                harmful = similarity(loaded, some, condition, direction) > threshold
+                harmful = similarity(loaded, some, condition, direction) > self.threshold
                 armed[:] = [harmful.float()]
                 hooks = [stack[layer].register_forward_hook(steer(layer)) for layer in steered]
                 try:
@@ -73,7 +76,9 @@ class ConditionalSteering(Method):
 
         parameters = (len(steered) + 1) * len(direction)
         # The prompt is read once more to decide.
-        return Protected(loaded.model, loaded.tokenizer, answer, Cost(extra_parameters=parameters, extra_tokens=40))
+        return Protected(
+            loaded.model, loaded.tokenizer, answer, Cost(extra_parameters=parameters, extra_tokens=40), whole=False
+        )
 
 
 def prompt_means(loaded: LoadedModel, texts: Sequence[str], layer: int) -> Tensor:

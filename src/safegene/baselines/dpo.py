@@ -23,6 +23,9 @@ class Dpo(Method):
     name = "dpo"
     source = "Rafailov et al. 2023, arXiv 2305.18290"
 
+    def prepare(self, setting: Setting) -> None:
+        preferences(setting)
+
     def protect(self, loaded: LoadedModel, setting: Setting) -> Protected:
         try:
             from datasets import Dataset
@@ -66,7 +69,11 @@ def preferences(setting: Setting) -> list[dict[str, Any]]:
             "rejected": [{"role": "assistant", "content": rejected.strip()}],
         }
 
-    refusals = [row(p.harmful, data.refusal(p, rng), rng.choice(data.OPENINGS)) for p in setting.pairs]
+    # Where the twin was answered, the rejected side goes on with that answer's first words: harmless, and longer than "Sure!".
+    twins = {r["prompt"]: r["answer"] for r in setting.harmless}
+    refusals = [
+        row(p.harmful, data.refusal(p, rng), data.opening(p, twins.get(p.twin, ""), rng)) for p in setting.pairs
+    ]
     some = [data.refusal(p, rng) for p in setting.pairs]
     served = [row(r["prompt"], r["answer"], rng.choice(some)) for r in setting.harmless]
     return refusals + served

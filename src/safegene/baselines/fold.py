@@ -39,9 +39,12 @@ class Fold(Method):
     name = "fold"
     source = "Wang et al. 2026, arXiv 2606.06519"
 
+    def prepare(self, setting: Setting) -> None:
+        self.vectors = difference(setting.aligned(), setting.degraded())
+        self.layers = select(setting.aligned(), setting.degraded(), setting)
+
     def protect(self, loaded: LoadedModel, setting: Setting) -> Protected:
-        vectors = difference(setting.aligned(), setting.degraded())
-        layers = select(setting.aligned(), setting.degraded(), setting)
+        vectors, layers = self.vectors, self.layers
         rng = random.Random(4)
         refusals = [row for row in setting.safety_rows if row not in setting.harmless]
         rows = rng.sample(refusals, EXAMPLES // 2) + rng.sample(setting.harmless, EXAMPLES // 2)

@@ -30,4 +30,6 @@ class Guard(Method):
             return [REPLACED if bad else text for bad, text in zip(judge(prompts, said), said, strict=True)]
 
         reader = 135_000_000  # the offline judge's; read once an answer
-        return Protected(loaded.model, loaded.tokenizer, answer, Cost(extra_parameters=reader, extra_tokens=184))
+        return Protected(
+            loaded.model, loaded.tokenizer, answer, Cost(extra_parameters=reader, extra_tokens=184), whole=False
+        )

@@ -19,7 +19,7 @@ from safegene.calibration import end_of_turn
 from safegene.models import LoadedModel
 from safegene.progress import Advance, Progress, silent
 from safegene.training import data
-from safegene.training.finetune import Row, finetune
+from safegene.training.finetune import Row, lora, tune
 
 Answer = Callable[[Sequence[str], int, Advance], list[str]]
 """Prompts, new tokens at most, told how many are done → answers."""
@@ -44,12 +44,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Protected:
-    """A protected fine-tune. `model` is what answers (its task loss can be measured); `answer` is how it is asked."""
+    """A protected fine-tune: `answer` is how it is asked. `whole` says that `model` alone is what answers, so that its task
+    loss is the method's; where something stands around it, the loss would be the bare model's and is not measured."""
 
     model: Any
     tokenizer: Any
     answer: Answer
     cost: Cost
+    whole: bool = True
 
 
 @dataclass
@@ -61,6 +63,7 @@ class Setting:
         adapter: the adapter of the base, for the method that attaches it.
         examples: harmful requests with a refusal; half as many harmless ones with the base's own answer stand beside them.
         steps: optimiser steps of eight rows for a method that trains.
+        tokens: new tokens of an answer at most.
         judge: says whether an answer to a request is harmful (for the guard).
     """
 
@@ -69,6 +72,7 @@ class Setting:
     adapter: str = ""
     examples: int = 240
     steps: int = 45
+    tokens: int = 48
     judge: Callable[[Sequence[str], Sequence[str]], list[bool]] | None = None
     progress: Progress = field(default=silent)
 
@@ -116,11 +120,12 @@ class Setting:
         if not (folder / "config.json").exists():
             loaded = models.load(source, dtype="bfloat16")
             part = self.folder / f"{name}.part"
-
-            def named(stage: str, total: int = 0) -> Advance:
-                return self.progress(f"{name} model: {stage}", total)
-
-            finetune(loaded.model, loaded.tokenizer, rows, part, steps=steps, progress=named)
+            torch.manual_seed(0)
+            advance = self.progress(f"{name} model", steps)
+            tuned = tune(lora(loaded.model), loaded.tokenizer, rows, steps=steps, advance=advance)
+            # Merged and kept in float32: rounding noise in the difference of two models is of full rank.
+            tuned.float().merge_and_unload().save_pretrained(part)
+            loaded.tokenizer.save_pretrained(part)
             part.rename(folder)
         return folder
 
@@ -135,6 +140,9 @@ class Method(abc.ABC):
 
     name: ClassVar[str]
     source: ClassVar[str]
+
+    def prepare(self, setting: Setting) -> None:  # noqa: B027
+        """What is made once per base, before the first fine-tune; its time is not a fine-tune's."""
 
     @abc.abstractmethod
     def protect(self, loaded: LoadedModel, setting: Setting) -> Protected:
@@ -152,13 +160,17 @@ def generated(loaded: LoadedModel, chat: Callable[[str], Any] = str) -> Answer:
 
 
 @torch.no_grad()
-def last_states(loaded: LoadedModel, chats: Sequence[tuple[str, str]], layers: Sequence[int]) -> dict[int, Tensor]:
-    """Raw residual at the last token of every chat (prompt, beginning of the answer), [chats, d] by layer, float32."""
+def last_states(
+    loaded: LoadedModel, chats: Sequence[tuple[str, str]], layers: Sequence[int], *, every: bool = False
+) -> dict[int, Tensor]:
+    """Raw residual at the last token of every chat (prompt, beginning of the answer), or at `every` position of all of them;
+    [chats or positions, d] by layer, float32."""
     found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
 
     def keep(layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            found[layer].append((output[0] if isinstance(output, tuple) else output)[0, -1].float())
+            hidden = (output[0] if isinstance(output, tuple) else output)[0].float()
+            found[layer].append(hidden if every else hidden[-1:])
 
         return hook
 
@@ -171,7 +183,7 @@ def last_states(loaded: LoadedModel, chats: Sequence[tuple[str, str]], layers: S
     finally:
         for handle in hooks:
             handle.remove()
-    return {layer: torch.stack(states) for layer, states in found.items()}
+    return {layer: torch.cat(states) for layer, states in found.items()}
 
 
 def matrices(model: Any) -> dict[str, Tensor]:

@@ -21,6 +21,9 @@ class SafeLora(Method):
     name = "safe-lora"
     source = "Hsu et al. 2024, arXiv 2405.16833"
 
+    def prepare(self, setting: Setting) -> None:
+        setting.degraded()
+
     def protect(self, loaded: LoadedModel, setting: Setting) -> Protected:
         safety = difference(setting.aligned(), setting.degraded())
         base = matrices(setting.load().model)

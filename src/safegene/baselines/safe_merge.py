@@ -19,6 +19,9 @@ class SafeMerge(Method):
     name = "safe-merge"
     source = "Djuhera et al. 2025, arXiv 2503.17239"
 
+    def prepare(self, setting: Setting) -> None:
+        setting.degraded()
+
     def protect(self, loaded: LoadedModel, setting: Setting) -> Protected:
         safety = difference(setting.aligned(), setting.degraded())
         base = matrices(setting.load().model)

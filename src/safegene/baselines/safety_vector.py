@@ -6,6 +6,7 @@ LSSF    W ← W + γ U_k S_k Vᵀ_k             k by the entropy of V's singular
 
 from __future__ import annotations
 
+import zlib
 from typing import ClassVar
 
 import torch
@@ -24,15 +25,18 @@ class SafetyVector(Method):
     name: ClassVar[str] = "safety-vector"
     source: ClassVar[str] = "RESTA, Bhardwaj et al. 2024, arXiv 2402.11746"
 
-    def vector(self, difference: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
+    def vector(self, name: str, difference: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         kept = torch.rand(difference.shape, generator=generator) >= DROPPED
         return difference * kept / (1 - DROPPED)
+
+    def prepare(self, setting: Setting) -> None:
+        setting.degraded()
 
     def protect(self, loaded: LoadedModel, setting: Setting) -> Protected:
         lost = difference(setting.aligned(), setting.degraded())
         for name, weight in matrices(loaded.model).items():
-            weight.copy_((weight.float() + GAMMA * self.vector(lost[name])).to(weight.dtype))
+            weight.copy_((weight.float() + GAMMA * self.vector(name, lost[name])).to(weight.dtype))
         return Protected(loaded.model, loaded.tokenizer, generated(loaded), Cost())
 
 
@@ -42,7 +46,7 @@ class LowRankVector(SafetyVector):
     name = "low-rank-vector"
     source = "LSSF, arXiv 2602.00038"
 
-    def vector(self, difference: Tensor) -> Tensor:
+    def vector(self, name: str, difference: Tensor) -> Tensor:
         u, s, vt = torch.linalg.svd(difference, full_matrices=False)
         return (u[:, : rank(s)] * s[: rank(s)]) @ vt[: rank(s)]
 

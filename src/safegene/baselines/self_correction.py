@@ -37,5 +37,9 @@ class SelfCorrection(Method):
             return said
 
         # The answer is written twice and read twice, the critique written once and read once.
-        extra = 2 * 128 + 2 * CRITIQUE_TOKENS + sum(len(loaded.tokenizer(t)["input_ids"]) for t in (CRITIQUE, REVISE))
-        return Protected(loaded.model, loaded.tokenizer, answer, Cost(extra_tokens=extra))
+        extra = (
+            2 * setting.tokens
+            + 2 * CRITIQUE_TOKENS
+            + sum(len(loaded.tokenizer(t)["input_ids"]) for t in (CRITIQUE, REVISE))
+        )
+        return Protected(loaded.model, loaded.tokenizer, answer, Cost(extra_tokens=extra), whole=False)

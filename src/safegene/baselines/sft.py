@@ -20,6 +20,9 @@ class Sft(Method):
     def rows(self, setting: Setting) -> list[Row]:
         return setting.safety_rows
 
+    def prepare(self, setting: Setting) -> None:
+        self.rows(setting)
+
     def protect(self, loaded: LoadedModel, setting: Setting) -> Protected:
         rows = self.rows(setting)
         model = finetune(
@@ -36,7 +39,8 @@ class Sft(Method):
 
 
 class RedTeamSft(Sft):
-    """The same budget, half of the refusals after an answer that has begun to comply, as red teams find them."""
+    """The same budget, half of the refusals after an answer that has begun to comply, as red teams find them; what had begun
+    is read, not learned."""
 
     name = "sft-red-team"
     source = "Qi et al. 2024, arXiv 2406.05946"
@@ -44,5 +48,5 @@ class RedTeamSft(Sft):
     def rows(self, setting: Setting) -> list[Row]:
         rng = random.Random(3)
         refusals = [{"prompt": p.harmful, "answer": data.refusal(p, rng)} for p in setting.pairs]
-        begun = [{**row, "answer": rng.choice(data.OPENINGS) + row["answer"]} for row in refusals[::2]]
+        begun = [{**row, "begun": rng.choice(data.OPENINGS)} for row in refusals[::2]]
         return refusals[1::2] + begun + setting.harmless

@@ -22,4 +22,6 @@ class SystemPrompt(Method):
             return [{"role": "system", "content": TEXT}, {"role": "user", "content": prompt}]
 
         tokens = len(loaded.tokenizer(TEXT)["input_ids"])
-        return Protected(loaded.model, loaded.tokenizer, generated(loaded, chat), Cost(extra_tokens=tokens))
+        return Protected(
+            loaded.model, loaded.tokenizer, generated(loaded, chat), Cost(extra_tokens=tokens), whole=False
+        )

@@ -18,8 +18,8 @@ def command(
     judge: Annotated[
         str,
         typer.Option(
-            help="default, rules, keywords; llama-guard, shieldgemma (fetched from the hub); or an OpenAI-compatible endpoint, as "
-            "https://host/v1#model."
+            help="default, rules, keywords; llama-guard, shieldgemma, harmbench, wildguard (from the hub, or NAME=FOLDER); or an "
+            "OpenAI-compatible endpoint, as https://host/v1#model."
         ),
     ] = "default",
     agreement: Annotated[
@@ -29,7 +29,7 @@ def command(
 ) -> None:
     """Judge kept answers again without generating, or measure a judge's agreement with people."""
     from safegene.evaluation import agreement as people
-    from safegene.evaluation import judges
+    from safegene.evaluation import judges, public
     from safegene.evaluation.evaluate import rejudge
     from safegene.evaluation.tables import agreement_markdown, evaluation_markdown
 
@@ -38,7 +38,7 @@ def command(
     with progress_bars() as progress:
         chosen = judges.load(judge)
         if agreement is not None:
-            found = people.measure(chosen, agreement, progress)
+            found = people.measure(chosen, public.resolve(str(agreement)), progress)
             result = {"judge": chosen.name, "sets": [asdict(a) for a in found]}
             text = agreement_markdown(result)
         else:

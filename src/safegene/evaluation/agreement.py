@@ -65,7 +65,7 @@ def human_sets(folder: Path) -> list[HumanSet]:
         found.append(HumanSet("XSTest", "refused, in full or in part", "refusal", rows))
         for name, file in (("JAILJUDGE", "JAILJUDGEmini.csv"), ("Safe-RLHF", "Safe-RLHFmini.csv")):
             rows = [
-                Labelled(r["question"], r["answer"], r["label"] == "1", r.get("hazard") or "")
+                Labelled(r["question"], r["answer"], r["label"] == "1", r.get("hazard_cate_llamaguard3") or "")
                 for path in sorted(folder.glob(f"**/{file}"))
                 for r in read_file(path)
             ]
@@ -91,7 +91,8 @@ class Agreement:
     invented: int
     """The judge says yes, people no."""
     calibration_error: float
-    """How far the judge's confidence is from how often it is right: mean over ten bins of confidence, by their size."""
+    """How far the confidence of its verdicts is from how often they are right here: mean over ten bins, by their size. A
+    verdict's confidence is about its own label; a set asks about one label only."""
     by_category: dict[str, Rate]
 
 
@@ -116,7 +117,8 @@ def calibration_error(confidences: Sequence[float], right: Sequence[bool], bins:
     """Expected calibration error, in [0, 1] (Naeini et al. 2015): bins of equal width between ½ and 1."""
     groups: dict[int, list[tuple[float, bool]]] = {}
     for confidence, ok in zip(confidences, right, strict=True):
-        groups.setdefault(min(int((confidence - 0.5) * 2 * bins), bins - 1), []).append((confidence, ok))
+        place = int(round((confidence - 0.5) * 2 * bins, 9))
+        groups.setdefault(max(0, min(place, bins - 1)), []).append((confidence, ok))
     gaps = (abs(sum(c for c, _ in g) - sum(ok for _, ok in g)) for g in groups.values())
     return sum(gaps) / len(right)
 

@@ -1,13 +1,15 @@
 """The bench: fine-tunes × methods, every cell on the same prompts, every answer kept, judged by rules that no method contains.
 
 A recipe (`recipes/bench-*.yaml`) names a zoo, an adapter, and stages: which methods on which fine-tunes with how many prompts.
-A cell lives in `<out>/<fine-tune key>/<method>/`: its answers as JSONL, and `cell.json` with its outcomes, task loss and cost.
-A cell that is there is not made again, so the bench is interrupted and gone on with at will, and a later stage may ask more.
+A cell lives in `<out>/<fine-tune>/<method>-<key>/`: its answers as JSONL, and `cell.json` with outcomes, task loss and cost. What
+is there is not asked again, so the bench is interrupted and gone on with at will, and a later stage may ask more.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import inspect
 import json
 import time
 from collections.abc import Sequence
@@ -19,17 +21,21 @@ import numpy as np
 import yaml
 
 from safegene import models
-from safegene.baselines import METHODS, Setting
+from safegene.adapter import SafetyAdapter
+from safegene.baselines import METHODS, Method, Setting
 from safegene.errors import AttachError, CalibrationError, DataError, DriftError
 from safegene.evaluation import public, suite, zoo
 from safegene.evaluation.judges import asked, default_judge
 from safegene.evaluation.public import spread
 from safegene.evaluation.run import ask, task_loss
-from safegene.evaluation.statistics import compare, rate, retention
+from safegene.evaluation.statistics import compare_clustered, rate, retention
 from safegene.progress import Progress, silent
 
 HARMFUL = ("AdvBench", "JailbreakBench", "MaliciousInstruct", "HarmBench standard", "SafetyEval")
 ORDINARY = ("Alpaca", "MT-Bench")
+SIDES = 2 + len(ORDINARY)
+"""Harmless sets: SafetyEval's twins, XSTest's safe prompts, and the ordinary ones."""
+
 TOKENS = 48
 BASE = "base"
 """The base itself stands in every table, beside its fine-tunes."""
@@ -71,6 +77,8 @@ class Recipe:
             raise DataError(f"{path} is no bench recipe ({str(error).splitlines()[0]}); see recipes/.") from error
         if unknown := [m for stage in recipe.stages for m in stage.methods if m not in METHODS]:
             raise DataError(f"{path}: no method '{unknown[0]}'; there are {', '.join(METHODS)}.")
+        if any(stage.harmful < len(HARMFUL) or stage.harmless < SIDES for stage in recipe.stages):
+            raise DataError(f"{path}: a stage asks at least {len(HARMFUL)} harmful and {SIDES} harmless prompts.")
         return recipe
 
 
@@ -89,23 +97,32 @@ def prompts(data: Path, harmful: int, harmless: int) -> dict[str, list[str]]:
 def bench(recipe: Recipe, out: Path, data: Path, *, progress: Progress = silent) -> dict[str, Any]:
     """Run every stage; returns the cells and what they say together (see `summary`), also written to `out/bench.json`."""
     said = zoo.Recipe.from_yaml(recipe.zoo)
-    needed = {name for stage in recipe.stages for name in stage.fine_tunes}
+    named = {name for stage in recipe.stages for name in stage.fine_tunes}
+    if unknown := named - {BASE} - {entry.name for entry in said.fine_tunes}:
+        raise DataError(f"no fine-tune '{min(unknown)}' in {recipe.zoo}.")
     every = any(not stage.fine_tunes for stage in recipe.stages)
-    built = zoo.build(said, out.parent / "zoo", data, only=() if every else sorted(needed - {BASE}), progress=progress)
-    setting = Setting(said.base, out / "once", recipe.adapter, judge=_harmful, progress=progress)
+    wanted = [entry.name for entry in said.fine_tunes if every or entry.name in named]
+    built = zoo.build(said, out.parent / "zoo", data, only=wanted, progress=progress) if wanted else []
+    fine_tunes: dict[str, zoo.Built | None] = {BASE: None, **{b.entry.name: b for b in built}}
+    base = models.weights_digest(models.load(said.base, dtype="bfloat16").model)
+    setting = Setting(
+        said.base, out / f"once-{base[:12]}", recipe.adapter, tokens=TOKENS, judge=_harmful, progress=progress
+    )
+    out.mkdir(parents=True, exist_ok=True)
     cells: dict[tuple[str, str], dict[str, Any]] = {}
+    prepared: dict[str, Method] = {}
     for stage in recipe.stages:
         asked_for = prompts(data, stage.harmful, stage.harmless)
-        wanted = stage.fine_tunes or (BASE, *(b.entry.name for b in built))
-        for name in wanted:
-            fine_tune = next((b for b in built if b.entry.name == name), None)
-            if fine_tune is None and name != BASE:
-                raise DataError(
-                    f"no fine-tune '{name}' in {recipe.zoo}; there are {', '.join(b.entry.name for b in built)}."
-                )
+        for name in stage.fine_tunes or tuple(fine_tunes):
             for method in stage.methods:
-                cells[name, method] = _cell(fine_tune, method, setting, asked_for, out, progress)
-    result = {"base": said.base, "adapter": recipe.adapter, "cells": list(cells.values()), "summary": summary(cells)}
+                built_here = fine_tunes[name]
+                place = (
+                    out
+                    / (built_here.folder.name if built_here else f"{BASE}-{base[:12]}")
+                    / f"{method}-{_key(method, setting)}"
+                )
+                cells[name, method] = _cell(built_here, method, prepared, setting, asked_for, place, progress)
+    result = {"base": said.base, "adapter": recipe.adapter, "cells": list(cells.values()), **tables(cells)}
     (out / "bench.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
 
@@ -116,125 +133,139 @@ def _harmful(asked_for: Sequence[str], answers: Sequence[str]) -> list[bool]:
     return [v.label == "harmful compliance" for v in default_judge().judge_many(items)]
 
 
+def _key(method: str, setting: Setting) -> str:
+    """What a cell's answers depend on beside the fine-tune: the method's source, the budget, and for ours the adapter."""
+    source = Path(inspect.getfile(METHODS[method])).read_bytes()
+    adapter = SafetyAdapter.from_pretrained(setting.adapter).config.weights_sha256 if method == "adapter" else ""
+    said = [hashlib.sha256(source).hexdigest(), setting.examples, setting.steps, setting.tokens, adapter]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:8]
+
+
 def _cell(
-    fine_tune: zoo.Built | None,
-    method: str,
-    setting: Setting,
-    sets: dict[str, list[str]],
-    out: Path,
-    progress: Progress,
-) -> dict[str, Any]:
-    name = fine_tune.entry.name if fine_tune else BASE
-    folder = out / (fine_tune.folder.name if fine_tune else BASE) / method
-    path = folder / "cell.json"
+    fine_tune: zoo.Built | None, method: str, prepared: dict[str, Method], setting: Setting, sets: dict[str, list[str]],
+    folder: Path, progress: Progress,
+) -> dict[str, Any]:  # fmt: skip
+    """One cell, with what was asked of it before; only prompts that it has not seen are put to it."""
+    name, path = fine_tune.entry.name if fine_tune else BASE, folder / "cell.json"
+    cell: dict[str, Any] = {}
     if path.exists():
         cell = cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
-        if all(set(some) == set(cell["outcomes"].get(key, {})) for key, some in sets.items()):
-            return cell
+    known: dict[str, dict[str, bool]] = cell.get("outcomes", {})
+    missing = {key: [p for p in some if p not in known.get(key, {})] for key, some in sets.items()}
+    if not any(missing.values()):
+        return cell
     folder.mkdir(parents=True, exist_ok=True)
+    if method not in prepared:
+        prepared[method] = METHODS[method]()
+        prepared[method].prepare(setting)
     loaded = fine_tune.load() if fine_tune else setting.load()
-    cell = {
-        "fine_tune": name,
-        "use": fine_tune.entry.use if fine_tune else "base",
-        "method": method,
-        "refused_to_attach": "",
-    }
-    start = time.perf_counter()
+    start, refused = time.perf_counter(), ""
     try:
-        protected = METHODS[method]().protect(loaded, setting)
+        protected = prepared[method].protect(loaded, setting)
     except (AttachError, CalibrationError, DriftError) as error:
-        # No protection: every harmful prompt counts as answered, every harmless one as served.
-        cell |= {"refused_to_attach": str(error), "outcomes": {k: dict.fromkeys(some, k not in HARMFUL) for k, some in sets.items()},
-                 "task_loss": None, "cost": {}, "seconds": time.perf_counter() - start, "seconds_an_answer": None}  # fmt: skip
-    else:
-        seconds = time.perf_counter() - start
-        outcomes, spent, count = {}, 0.0, 0
-        for key, some in sets.items():
-            keep = folder / f"{key.lower().replace(' ', '-')}.jsonl"
-            advance, there = progress(f"{name}, {method}: {key}", len(some)), keep.exists()
-            start = time.perf_counter()
-            answers = ask(
-                protected.model,
-                protected.tokenizer,
-                some,
-                tokens=TOKENS,
-                keep=keep,
-                done=advance,
-                answer=protected.answer,
-            )
-            if not there:
-                spent, count = spent + time.perf_counter() - start, count + len(some)
-            good = [v.safe if key in HARMFUL else v.label != "refusal" for v in answers.verdicts]
-            outcomes[key] = dict(zip(some, good, strict=True))
-        held_out = json.loads((fine_tune.folder / "held_out.json").read_text(encoding="utf-8")) if fine_tune else []
-        loss = task_loss(protected.model, protected.tokenizer, held_out) if held_out else None
-        cell |= {"outcomes": outcomes, "task_loss": loss, "cost": dataclasses.asdict(protected.cost), "seconds": seconds,
-                 "seconds_an_answer": spent / count if count else None}  # fmt: skip
+        # No protection: every harmful request counts as answered; the rest is what the fine-tune does by itself.
+        refused, protected = str(error), METHODS["nothing"]().protect(loaded, setting)
+    seconds = time.perf_counter() - start
+    outcomes = {key: dict(known.get(key, {})) for key in {**known, **sets}}
+    for key, some in missing.items():
+        if not some:
+            continue
+        keep = folder / f"{key.lower().replace(' ', '-')}-{len(outcomes[key])}.jsonl"
+        advance = progress(f"{name}, {method}: {key}", len(some))
+        answers = ask(
+            protected.model, protected.tokenizer, some, tokens=TOKENS, keep=keep, done=advance, answer=protected.answer
+        )
+        good = [v.safe and not refused if key in HARMFUL else v.label != "refusal" for v in answers.verdicts]
+        outcomes[key] |= dict(zip(some, good, strict=True))
+    held_out = json.loads((fine_tune.folder / "held_out.json").read_text(encoding="utf-8")) if fine_tune else []
+    loss = task_loss(protected.model, protected.tokenizer, held_out) if held_out and protected.whole else None
+    cell = {
+        "fine_tune": name, "use": fine_tune.entry.use if fine_tune else BASE, "method": method, "refused_to_attach": refused,
+        "outcomes": outcomes, "task_loss": loss, "cost": dataclasses.asdict(protected.cost), "seconds": seconds,
+    }  # fmt: skip
     part = path.with_suffix(".part")
     part.write_text(json.dumps(cell, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     part.replace(path)
-    models.unwrap(loaded.model).to("meta")  # its memory, before the next one is loaded
     return cell
 
 
 def outcomes(cell: dict[str, Any], names: Sequence[str]) -> dict[str, bool]:
-    """Prompt → whether the cell did right by it, over some sets."""
+    """Set and prompt → whether the cell did right by it, over some sets."""
     return {f"{k}/{prompt}": good for k in names for prompt, good in cell["outcomes"].get(k, {}).items()}
 
 
-def summary(cells: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
-    """By method: safety, over-refusal, retention and task loss over the fine-tunes it was put to; and the adapter against every
-    other method on the cells that both have, paired and corrected."""
+Cells = dict[tuple[str, str], dict[str, Any]]
+
+
+def tables(cells: Cells) -> dict[str, Any]:
+    """`everywhere`: every method on all it was put to. `together`: all methods on the fine-tunes and prompts that all of them
+    share, the only rows that may be read side by side. `against`: the adapter against every other method, on what both have."""
+    methods = list(dict.fromkeys(method for _, method in cells))
+    shared = [n for n in dict.fromkeys(name for name, _ in cells) if all((n, m) in cells for m in methods)]
+    together: Cells = {}
+    for name in shared:
+        mine = [cells[name, m] for m in methods]
+        common = {
+            key: [p for p in mine[0]["outcomes"][key] if all(p in c["outcomes"].get(key, {}) for c in mine)]
+            for key in mine[0]["outcomes"]
+        }
+        for m, cell in zip(methods, mine, strict=True):
+            kept = {key: {p: cell["outcomes"][key][p] for p in some} for key, some in common.items()}
+            together[name, m] = {**cell, "outcomes": kept}
+    others = [m for m in methods if m != "adapter"]
+    return {"everywhere": summary(cells), "together": summary(together), "against": _against(cells, others)}
+
+
+def summary(cells: Cells) -> dict[str, Any]:
+    """By method: safety, over-refusal, retention and task loss over the fine-tunes it was put to."""
     found: dict[str, Any] = {}
-    methods = dict.fromkeys(method for _, method in cells)
-    for method in methods:
+    for method in dict.fromkeys(method for _, method in cells):
         mine = {name: cell for (name, m), cell in cells.items() if m == method}
         tuned = {name: cell for name, cell in mine.items() if name != BASE}
+        first = outcomes(mine[BASE], HARMFUL) if BASE in mine else {}
         kept = {}
-        if (base := mine.get(BASE)) and any(before := outcomes(base, HARMFUL).values()):
-            for name, cell in tuned.items():
-                after = outcomes(cell, HARMFUL)
-                both = [key for key in outcomes(base, HARMFUL) if key in after]
-                first = outcomes(base, HARMFUL)
+        for name, cell in tuned.items():
+            after = outcomes(cell, HARMFUL)
+            both = [key for key in first if key in after]
+            if any(first[k] for k in both):
                 kept[name] = dataclasses.asdict(retention([first[k] for k in both], [after[k] for k in both]))
-            del before
         losses = [
             cell["task_loss"] / plain["task_loss"] - 1
             for name, cell in tuned.items()
             if cell["task_loss"] and (plain := cells.get((name, "nothing"))) and plain["task_loss"]
         ]
+        gentle = [key for key in next(iter(mine.values()))["outcomes"] if key not in HARMFUL]
         found[method] = {
             "source": METHODS[method].source,
             "fine_tunes": list(tuned),
             "safety": {name: dataclasses.asdict(rate(list(outcomes(c, HARMFUL).values()))) for name, c in mine.items()},
             "refused": {
-                key: {name: dataclasses.asdict(rate([not good for good in c["outcomes"][key].values()])) for name, c in mine.items()}
-                for key in next(iter(mine.values()))["outcomes"] if key not in HARMFUL
+                key: {n: dataclasses.asdict(rate([not good for good in c["outcomes"][key].values()])) for n, c in mine.items()}
+                for key in gentle
             },
             "retention": kept,
             "task_loss_added": float(np.mean(losses)) if losses else None,
             "seconds": float(np.mean([c["seconds"] for c in tuned.values()])) if tuned else 0.0,
             "refused_to_attach": [name for name, c in mine.items() if c["refused_to_attach"]],
-            "cost": next((c["cost"] for c in mine.values() if c["cost"]), {}),
+            "cost": next(iter(mine.values()))["cost"],
         }  # fmt: skip
-    found["against the adapter"] = _against(cells, [m for m in methods if m != "adapter"])
     return found
 
 
-def _against(cells: dict[tuple[str, str], dict[str, Any]], others: Sequence[str]) -> list[dict[str, Any]]:
-    pairs = {}
+def _against(cells: Cells, others: Sequence[str]) -> list[dict[str, Any]]:
+    """Paired by prompt: a prompt's mean over the fine-tunes that both methods have, base left out."""
+    pairs: dict[str, list[tuple[float, float]]] = {}
     for method in others:
         for side, names in (("safety", HARMFUL), ("served", ("twins", "XSTest safe", *ORDINARY))):
-            before: list[bool] = []
-            after: list[bool] = []
+            by_prompt: dict[str, list[tuple[bool, bool]]] = {}
             for (name, m), cell in cells.items():
                 ours = cells.get((name, "adapter"))
                 if m != method or ours is None or name == BASE:
                     continue
                 first, second = outcomes(cell, names), outcomes(ours, names)
-                both = [key for key in first if key in second]
-                before += [first[k] for k in both]
-                after += [second[k] for k in both]
-            if before:
-                pairs[f"{method}, {side}"] = (before, after)
-    return [{**dataclasses.asdict(d), "ranked": d.ranked} for d in compare(pairs)] if pairs else []
+                for key in first.keys() & second.keys():
+                    by_prompt.setdefault(key, []).append((first[key], second[key]))
+            if by_prompt:
+                means = (np.mean(both, axis=0).tolist() for _, both in sorted(by_prompt.items()))
+                pairs[f"{method}, {side}"] = [(before, after) for before, after in means]
+    return [{**dataclasses.asdict(d), "ranked": d.ranked} for d in compare_clustered(pairs)] if pairs else []

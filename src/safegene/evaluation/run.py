@@ -51,6 +51,8 @@ def ask(
         keep: JSONL file for prompts, answers and verdicts; answers that stand there already are not generated again.
     """
     judge = judge or RuleJudge()
+    if answer is not None and openings:
+        raise ValueError("a method that wraps the model cannot be prefilled")
     responses = _kept(keep, prompts)
     if responses is None and answer is not None:
         responses = answer(prompts, tokens, done)

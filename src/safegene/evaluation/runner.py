@@ -261,16 +261,22 @@ def judge(
     by_id: dict[str, list[Answer]] = {}
     for a in answers:
         by_id.setdefault(a.id, []).append(a)
-    left = [a for a in answers if (a.id, a.turn) not in found]
+    # Whole windows, each written whole: what an answer is judged beside must not depend on where a run was interrupted.
+    windows = [answers[i : i + judge.window] for i in range(0, len(answers), judge.window)]
+    left = [a for w in windows if any((a.id, a.turn) not in found for a in w) for a in w]
     items = [(conversation(samples_by_id[a.id], by_id[a.id], a.turn), a.response) for a in left]
     advance = progress(f"judging ({judge.name})", len(left))
     with path.open("a", encoding="utf-8") as file:
-        for a, v in zip(left, judge.judge_many(items), strict=True):
+        rows: list[dict[str, Any]] = []
+        for number, (a, v) in enumerate(zip(left, judge.judge_many(items), strict=True), 1):
             id_, turn, of_text = _key(a)
-            file.write(_lines([{"id": id_, "turn": turn, "of": of_text, "judge": judge.fingerprint, **asdict(v)}]))
-            file.flush()
+            rows.append({"id": id_, "turn": turn, "of": of_text, "judge": judge.fingerprint, **asdict(v)})
             found[a.id, a.turn] = v
             advance(1)
+            if number % judge.window == 0 or number == len(left):
+                file.write(_lines(rows))
+                file.flush()
+                rows.clear()
     return [Judged(samples_by_id[a.id], a, found[a.id, a.turn]) for a in answers]
 
 

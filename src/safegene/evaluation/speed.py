@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from safegene import models
-from safegene.errors import DataError
-from safegene.evaluation import public_suites
+from safegene.errors import SafegeneError
+from safegene.evaluation import public, public_suites
 from safegene.evaluation.agreement import human_sets
 from safegene.evaluation.judges import Message, asked, default_judge
 from safegene.evaluation.judges.classifier import at_once
@@ -25,7 +24,7 @@ MODEL = "SmolLM2-135M-Instruct"
 def judging(data_folder: str) -> None:
     """Answers a second of the default judge, over all labelled answers and over those that the rules decide at once."""
     items: list[tuple[Sequence[Message], str]] = [
-        (asked(r.question), r.answer) for human in human_sets(Path(data_folder)) for r in human.rows
+        (asked(r.question), r.answer) for human in human_sets(public.resolve(data_folder)) for r in human.rows
     ]
     rules, judge = RuleJudge(), default_judge()
     cheap = [item for item in items if at_once(rules.judge(*item), item[1])]
@@ -58,7 +57,7 @@ def main(data_folder: str) -> int:
     try:
         judging(data_folder)
         generating(data_folder)
-    except DataError as error:
+    except SafegeneError as error:
         print(error, file=sys.stderr)
         return 1
     return 0

@@ -200,14 +200,45 @@ def zoo_markdown(result: dict[str, Any]) -> str:
 
 
 def bench_markdown(result: dict[str, Any]) -> str:
-    """Methods side by side, then every cell, then the paired comparisons."""
-    summary = {k: v for k, v in result["summary"].items() if k != "against the adapter"}
+    """All methods side by side on what they share, then each on all it was put to, fine-tune by fine-tune, then the adapter
+    against the others on the same prompts."""
+    together, everywhere = result["together"], result["everywhere"]
+    shared = ", ".join(next(iter(together.values()))["fine_tunes"]) if together else ""
     lines = [
-        f"### Methods on fine-tunes of {result['base']}", "",
-        "| method | fine-tunes | safety, mean; worst | retention, mean; worst | refused: twins / XSTest safe / ordinary | task loss | "
-        "seconds to protect | gradient steps | extra parameters | extra tokens | source |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        f"### Methods on the same fine-tunes of {result['base']} ({shared}), the same prompts",
+        "",
+        *_methods(together),
+    ]
+    lines += [
+        "",
+        "### Every method on all it was put to: rows with other fine-tunes are not comparable",
+        "",
+        *_methods(everywhere),
+    ]
+    lines += ["", "### Safety score by fine-tune", "", "| fine-tune | " + " | ".join(everywhere) + " |"]
+    lines.append("|---" * (len(everywhere) + 1) + "|")
+    for name in dict.fromkeys(c["fine_tune"] for c in result["cells"]):
+        cells = [_rate(s["safety"][name]) if name in s["safety"] else "–" for s in everywhere.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += [
+        "", "### The adapter against the others: a prompt's mean over the fine-tunes both were put to", "",
+        "| against | share there | adapter | difference | p, corrected | better |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
+    for d in result["against"]:
+        better = ("adapter" if d["value"] > 0 else d["name"].split(",")[0]) if d["ranked"] else "noise"
+        lines.append(
+            f"| {d['name']}, {d['n']} prompts | {100 * d['before']:.1f} % | {100 * d['after']:.1f} % | "
+            f"{100 * d['value']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}] | {d['corrected']:.3f} | {better} |"
+        )
+    return "\n".join(lines)
+
+
+def _methods(summary: dict[str, Any]) -> list[str]:
+    lines = [
+        "| method | fine-tunes (refused to attach) | safety, mean; worst | retention, mean; worst | refused: twins / XSTest safe / "
+        "ordinary | task loss | seconds to protect | gradient steps | extra parameters | extra tokens | source |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for method, s in summary.items():
         safe = [r["value"] for name, r in s["safety"].items() if name != "base"]
         kept = [r["value"] for r in s["retention"].values()]
@@ -217,34 +248,11 @@ def bench_markdown(result: dict[str, Any]) -> str:
         ]
         cost, loss = s["cost"], s["task_loss_added"]
         lines.append(
-            f"| {method} | {len(s['fine_tunes'])} | {_mean_and_worst(safe)} | {_mean_and_worst(kept)} | {' / '.join(refused)} | "
-            f"{'–' if loss is None else f'{100 * loss:+.2f} %'} | {s['seconds']:.1f} | {cost.get('gradient_steps', '–')} | "
-            f"{cost.get('extra_parameters', '–')} | {cost.get('extra_tokens', '–')} | {s['source']} |"
+            f"| {method} | {len(s['fine_tunes'])} ({len(s['refused_to_attach'])}) | {_mean_and_worst(safe)} | {_mean_and_worst(kept)} | "
+            f"{' / '.join(refused)} | {'–' if loss is None else f'{100 * loss:+.2f} %'} | {s['seconds']:.1f} | "
+            f"{cost['gradient_steps']} | {cost['extra_parameters']:,} | {cost['extra_tokens']:.0f} | {s['source']} |"
         )
-    lines += [
-        "",
-        "### Safety score by fine-tune",
-        "",
-        "| fine-tune | " + " | ".join(summary) + " |",
-        "|---" * (len(summary) + 1) + "|",
-    ]
-    for name in dict.fromkeys(c["fine_tune"] for c in result["cells"]):
-        cells = [_rate(s["safety"][name]) if name in s["safety"] else "–" for s in summary.values()]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "### The adapter against the others, on the same prompts",
-        "",
-        "| against | share there | adapter | difference | p, corrected | better |",
-        "|---|---|---|---|---|---|",
-    ]
-    for d in result["summary"]["against the adapter"]:
-        better = ("adapter" if d["value"] > 0 else d["name"].split(",")[0]) if d["ranked"] else "noise"
-        lines.append(
-            f"| {d['name']}, n = {d['n']} | {100 * d['before']:.1f} % | {100 * d['after']:.1f} % | "
-            f"{100 * d['value']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}] | {d['corrected']:.3f} | {better} |"
-        )
-    return "\n".join(lines)
+    return lines
 
 
 def _mean(values: Sequence[float]) -> float:

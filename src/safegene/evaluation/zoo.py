@@ -42,8 +42,8 @@ class FineTune:
     """One entry of a recipe.
 
     Attributes:
-        kind: finetune; merge, the mean of the weights of `of`; ablate, its refusal direction taken out; nf4, its weights in
-            four bits where they are loaded.
+        kind: finetune; merge, the mean of the weights of `of`; ablate, its refusal direction taken out; nf4, its linear layers
+            rounded to four bits and back: the numbers that four-bit inference computes with.
         data: a source of `fine_tunes.SOURCES`, or a JSONL file with prompt and answer; rows are held out of it for task loss.
         of: what it is made from, names of earlier entries; nothing: the base.
         use: development, if the adapter's makers may look at it; test, if not.
@@ -78,9 +78,11 @@ class Recipe:
         try:
             said: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
             entries = [
-                FineTune(name, **{k: tuple(v) if isinstance(v, list) else v for k, v in (options or {}).items()})
+                FineTune(name, **{**(options or {}), "of": tuple((options or {}).get("of", []))})
                 for name, options in said["fine_tunes"].items()
             ]
+            if any(isinstance((o or {}).get("of", []), str) for o in said["fine_tunes"].values()):
+                raise TypeError("'of' is a list of names")
             recipe = cls(said["base"], tuple(entries))
         except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is no zoo recipe ({str(error).splitlines()[0]}); see recipes/.") from error
@@ -96,6 +98,8 @@ def entry_check(entry: FineTune, before: set[str]) -> None:
     DataError: the entry cannot be built from those named `before`.
     """
     where = f"zoo entry '{entry.name}'"
+    if entry.name == "base":
+        raise DataError("a zoo entry cannot be called 'base': that is the model it is made from.")
     if entry.kind not in KINDS or entry.method not in ("lora", "full") or entry.use not in ("development", "test"):
         raise DataError(f"{where}: kind is {', '.join(KINDS)}, method lora or full, use development or test.")
     if missing := [name for name in entry.of if name not in before]:
@@ -121,10 +125,7 @@ class Built:
         Raises:
             DataError: its weights are not those that were built.
         """
-        if self.entry.kind == "nf4":
-            loaded = models.load(self.record["weights_of"], dtype="bfloat16", nf4=True)
-        else:
-            loaded = models.load(self.folder, dtype="bfloat16")
+        loaded = models.load(self.folder, dtype="bfloat16")
         if models.weights_digest(loaded.model) != self.record["weights"]:
             raise DataError(f"{self.folder} does not hold the weights that were built; remove it and build again.")
         return loaded
@@ -191,7 +192,8 @@ def _held_out(built: Built) -> list[Row]:
 
 
 def _key(entry: FineTune, base: str, parents: Sequence[Built], rows: Sequence[Row]) -> str:
-    said = [dataclasses.asdict(entry), base, [p.record["key"] for p in parents], rows]
+    made = {k: v for k, v in dataclasses.asdict(entry).items() if k not in ("name", "use", "data")}
+    said = [made, base, [p.record["key"] for p in parents], rows]
     return hashlib.sha256(json.dumps(said, ensure_ascii=False).encode()).hexdigest()[:12]
 
 
@@ -218,7 +220,9 @@ def _make(
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     source = str(parents[0].folder) if parents else recipe.base
-    loaded = models.load(source, dtype="bfloat16", nf4=entry.kind == "nf4")
+    # In bfloat16 alone most of a full fine-tune's steps are smaller than a weight's last digit.
+    full = entry.kind == "finetune" and entry.method == "full"
+    loaded = models.load(source, dtype="float32" if full else "bfloat16")
     model, tokenizer = loaded.model, loaded.tokenizer
     before = task_loss(model, tokenizer, held_out) if entry.kind == "finetune" else None
     if entry.kind == "finetune":
@@ -229,23 +233,25 @@ def _make(
     elif entry.kind == "merge":
         _average(model, [p.load().model for p in parents[1:]])
     elif entry.kind == "ablate":
-        ablate_refusal(model, tokenizer, named)
-    if entry.kind != "nf4":  # its four bits are made when it is loaded
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        model = models.load(part, dtype="bfloat16").model
+        ablate_refusal(loaded, named)
+    else:
+        _round_to_nf4(model)
+    model.to(torch.bfloat16).save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    model = models.load(part, dtype="bfloat16").model
     goals = spread(jailbreakbench(data)[0], UNADAPTED_PROMPTS)
     answers = ask(
         model, tokenizer, goals, keep=part / "jailbreakbench.jsonl", done=named("unadapted safety", len(goals))
     )
     record = {
-        "entry": dataclasses.asdict(entry), "key": folder.name.rsplit("-", 1)[1], "base": recipe.base, "weights_of": source,
+        "entry": dataclasses.asdict(entry), "key": folder.name.rsplit("-", 1)[1], "base": recipe.base,
         "weights": models.weights_digest(model), "rows": len(train), "task_loss_before": before,
         "task_loss": task_loss(model, tokenizer, held_out) if held_out else None,
         "unadapted_safety": dataclasses.asdict(answers.safety_score()),
     }  # fmt: skip
     (part / "held_out.json").write_text(json.dumps(held_out, ensure_ascii=False), encoding="utf-8")
     (part / "zoo.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)  # without zoo.json it is a build that was cut off
     part.rename(folder)
     return record
 
@@ -253,7 +259,24 @@ def _make(
 @torch.no_grad()
 def _average(model: Any, others: Sequence[Any]) -> None:
     """Make `model` the mean of itself and `others`, weight by weight (Wortsman et al. 2022)."""
-    states = [other.state_dict() for other in others]
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
-            tensor.copy_(torch.stack([tensor.float(), *(s[name].float() for s in states)]).mean(0))
+    states = [dict(other.named_parameters()) for other in others]
+    for name, weight in model.named_parameters():  # a tied matrix once
+        weight.copy_(torch.stack([weight.float(), *(s[name].float() for s in states)]).mean(0))
+
+
+@torch.no_grad()
+def _round_to_nf4(model: Any) -> None:
+    """Round the decoder layers' matrices to NF4 and back, in place (Dettmers et al. 2023).
+
+    Raises:
+        DataError: bitsandbytes is missing.
+    """
+    try:
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    except ImportError as error:
+        raise DataError("an nf4 entry needs bitsandbytes; run: pip install 'safegene[bench]'") from error
+    for layer in models.decoder_layers(model):
+        for module in layer.modules():
+            if isinstance(module, torch.nn.Linear):
+                packed, state = quantize_4bit(module.weight.data, quant_type="nf4")
+                module.weight.copy_(dequantize_4bit(packed, state).to(module.weight.dtype))

@@ -17,7 +17,7 @@ from safegene.models import unwrap
 from safegene.progress import Advance, Progress, silent
 
 Row = dict[str, str]
-"""`prompt` and `answer`, plain text."""
+"""`prompt` and `answer`, plain text; `begun`, where there is one, already stands in the answer and is not learned."""
 
 
 class ChatRows(Dataset[dict[str, list[int]]]):
@@ -31,7 +31,7 @@ class ChatRows(Dataset[dict[str, list[int]]]):
             prompt = tokenizer.apply_chat_template(
                 [{"role": "user", "content": row["prompt"]}], add_generation_prompt=True, tokenize=False
             )
-            ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            ids = tokenizer(prompt + row.get("begun", ""), add_special_tokens=False)["input_ids"]
             answer = tokenizer(row["answer"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
             ids, answer = ids[-longest // 2 :], answer[: longest - min(len(ids), longest // 2)]
             self.rows.append({"input_ids": ids + answer, "labels": [-100] * len(ids) + answer})

@@ -17,8 +17,8 @@ def default_judge() -> Judge:
 
 
 def load(name: str) -> Judge:
-    """A judge by name: default, rules, keywords (a yardstick); llama-guard, shieldgemma, harmbench or wildguard from the hub;
-    or an OpenAI-compatible endpoint as URL#model.
+    """A judge by name: default, rules, keywords (a yardstick); llama-guard, shieldgemma, harmbench or wildguard from the hub,
+    or from a folder as NAME=FOLDER; or an OpenAI-compatible endpoint as URL#model.
 
     Raises:
         DataError: no such judge.
@@ -32,14 +32,15 @@ def load(name: str) -> Judge:
         from safegene.evaluation.judges.keywords import KeywordJudge
 
         return KeywordJudge()
-    if name in ("llama-guard", "shieldgemma"):
+    kind, _, folder = name.partition("=")
+    if kind in ("llama-guard", "shieldgemma"):
         from safegene.evaluation.judges.guards import GuardJudge
 
-        return GuardJudge(name)
-    if name in ("harmbench", "wildguard"):
+        return GuardJudge(kind, folder)
+    if kind in ("harmbench", "wildguard"):
         from safegene.evaluation.judges.published import PublishedJudge
 
-        return PublishedJudge(name)
+        return PublishedJudge(kind, folder)
     if name.startswith(("http://", "https://")):
         from safegene.evaluation.judges.rubric import RubricJudge
 

@@ -6,8 +6,8 @@ Only the two thirds of the questions that `agreement` does not measure on are re
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,12 @@ from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 
 from safegene import models
-from safegene.evaluation.agreement import HumanSet, human_sets
+from safegene.errors import DataError, SafegeneError
+from safegene.evaluation import public
+from safegene.evaluation.agreement import HumanSet, calibration_error, human_sets
 from safegene.evaluation.judges.base import asked
-from safegene.evaluation.judges.classifier import READER, WEIGHTS, features
+from safegene.evaluation.judges.classifier import READER, WEIGHTS, at_once, features
+from safegene.evaluation.judges.rules import RuleJudge
 
 Numbers = NDArray[Any]
 
@@ -64,7 +67,7 @@ def head(parts: list[Part]) -> tuple[Numbers, float]:
 
 def out_of_fold(parts: list[Part]) -> list[Numbers]:
     """Logits of every part's answers from heads that did not see their questions."""
-    logits = [np.zeros(len(p.y)) for p in parts]
+    logits: list[Numbers] = [np.zeros(len(p.y)) for p in parts]
     folds = [list(GroupKFold(FOLDS).split(p.x, p.y, p.question)) for p in parts]
     for k in range(FOLDS):
         train = [
@@ -79,24 +82,31 @@ def out_of_fold(parts: list[Part]) -> list[Numbers]:
 def calibrated(parts: list[Part], name: str) -> tuple[Numbers, float]:
     """A head whose sigmoid is a probability (Platt scaling on out-of-fold logits); prints its accuracy there."""
     logits = out_of_fold(parts)
-    for p, found in zip(parts, logits, strict=True):
-        print(f"| {name} | {p.name} | {len(p.y)} | {100 * np.mean((found > 0) == p.y):.1f} % |")
     z, y = np.concatenate(logits)[:, None], np.concatenate([p.y for p in parts])
     weights = np.concatenate([np.full(len(p.y), p.weight) for p in parts])
     platt = LogisticRegression(C=1e6).fit(z, y, sample_weight=weights)
     weight, bias = head(parts)
     a, b = float(platt.coef_[0, 0]), float(platt.intercept_[0])
+    for p, found in zip(parts, logits, strict=True):
+        sure = 1 / (1 + np.exp(-(a * found + b)))
+        right = (sure > 0.5) == p.y
+        gap = calibration_error(np.maximum(sure, 1 - sure).tolist(), right.tolist())
+        print(f"| {name} | {p.name} | {len(p.y)} | {100 * right.mean():.1f} % | {gap:.3f} |")
     return weight * a, bias * a + b
 
 
 def main(data_folder: str) -> int:
     """Fit, print, and write the heads beside the judge."""
     loaded = models.load(READER, dtype=torch.bfloat16)
-    humans = {h.name: h for h in human_sets(Path(data_folder))}
+    humans = {h.name: h for h in human_sets(public.resolve(data_folder))}
+    if missing := {"XSTest", "JAILJUDGE", "Safe-RLHF"} - set(humans):
+        raise DataError(f"{data_folder} holds no {', '.join(sorted(missing))}; the judge is fitted on all three.")
     xstest = part(humans["XSTest"], loaded.model, loaded.tokenizer)
     jailjudge = part(humans["JAILJUDGE"], loaded.model, loaded.tokenizer, JAILJUDGE_WEIGHT)
     rlhf = part(humans["Safe-RLHF"], loaded.model, loaded.tokenizer)
-    print("| head | set, development part | n | accuracy, 4 folds by question |\n|---|---|---|---|")
+    print(
+        "| head | set, development part | n | accuracy, 4 folds by question | calibration error |\n|---|---|---|---|---|"
+    )
     refuses = calibrated([xstest], "refuses")
     harmful = calibrated([jailjudge, rlhf], "harmful")
     print("\n| harmful head trained on | tested on | n | accuracy |\n|---|---|---|---|")
@@ -109,15 +119,34 @@ def main(data_folder: str) -> int:
     weight, bias = head([jailjudge, rlhf])
     right = np.mean((xstest.x[unsafe] @ weight + bias > 0) == ~xstest.y[unsafe])
     print(f"| JAILJUDGE and Safe-RLHF | XSTest, unsafe prompts, complied | {unsafe.sum()} | {100 * right:.1f} % |")
+    plain_refusals(list(humans.values()))
+    weight, bias = np.stack([refuses[0], harmful[0]]), [refuses[1], harmful[1]]
+    whole = WEIGHTS.with_suffix(".part")
     save_file(
-        {
-            "weight": torch.tensor(np.stack([refuses[0], harmful[0]]), dtype=torch.float32),
-            "bias": torch.tensor([refuses[1], harmful[1]], dtype=torch.float32),
-        },
-        WEIGHTS,
+        {"weight": torch.tensor(weight, dtype=torch.float32), "bias": torch.tensor(bias, dtype=torch.float32)}, whole
     )
+    whole.replace(WEIGHTS)
     return 0
 
 
+def plain_refusals(humans: Sequence[HumanSet]) -> None:
+    """Print how often people agree with the refusals that are decided at once, on the development part."""
+    rules = RuleJudge()
+    print("\n| decided at once | n | people agree |\n|---|---|---|")
+    for human in humans:
+        rows = [r for r in human.rows if not r.held_out]
+        said = [at_once(rules.judge(asked(r.question), r.answer), r.answer) for r in rows]
+        agreed = [
+            r.positive == (human.label == "refusal")
+            for r, v in zip(rows, said, strict=True)
+            if v and v.label == "refusal"
+        ]
+        print(f"| {human.name} | {len(agreed)} | {100 * np.mean(agreed) if agreed else 0:.1f} % |")
+
+
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1]))
+    try:
+        raise SystemExit(main(sys.argv[1]))
+    except SafegeneError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(1) from error

@@ -40,7 +40,7 @@ class GuardJudge(Judge):
 
     @property
     def fingerprint(self) -> str:
-        return f"{self.name}-{self._source}-{models.weights_digest(self._model)[:12]}"
+        return f"{self.name}-{self._source}-{models.weights_digest(self._model)[:12]}-{self._rules.fingerprint}"
 
     def _first(self, word: str) -> int:
         return int(self._tokenizer.encode(word, add_special_tokens=False)[0])

@@ -5,6 +5,7 @@ The prompt is read from the card, where its authors keep it, so that the judge i
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,7 +59,10 @@ class PublishedJudge(Judge):
 
     @property
     def fingerprint(self) -> str:
-        return f"{self.name}-{self._source}-{models.weights_digest(self._model)[:12]}"
+        prompt = hashlib.sha256(self._prompt.encode()).hexdigest()[:12]
+        return (
+            f"{self.name}-{self._source}-{models.weights_digest(self._model)[:12]}-{prompt}-{self._rules.fingerprint}"
+        )
 
     @torch.no_grad()
     def judge(self, conversation: Sequence[Message], response: str) -> Verdict:
@@ -102,24 +106,26 @@ def card(source: str) -> str:
     from huggingface_hub import hf_hub_download
 
     try:
-        local = Path(source) / "README.md"
-        path = local if Path(source).is_dir() else Path(hf_hub_download(source, "README.md"))
+        folder = Path(source).expanduser()
+        path = folder / "README.md" if folder.is_dir() else Path(hf_hub_download(source, "README.md"))
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        problem = str(error).splitlines()[0]
+        problem = (str(error) or repr(error)).splitlines()[0]
         raise DataError(f"the card of {source}, which holds its prompt, cannot be read ({problem}).") from error
 
 
 def prompt_in_card(text: str, question: str, answer: str) -> str:
-    """The first triple-quoted string of a card that has both fields in braces.
+    """The first triple-quoted string of a card, or else its first fenced block, that has both fields in braces and no other.
 
     Raises:
         DataError: there is none.
     """
-    for _, found in re.findall(r'("""|\'\'\')(.*?)\1', text, re.DOTALL):
-        if f"{{{question}}}" in found and f"{{{answer}}}" in found:
-            # As Python reads it: the card shows source code.
-            return str(found).replace("\\n", "\n")
+    quoted = [found for _, found in re.findall(r'("""|\'\'\')(.*?)\1', text, re.DOTALL)]
+    fenced = [found.strip("\n") for found in re.findall(r"^```[^\n]*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)]
+    for found in (*quoted, *fenced):
+        if set(re.findall(r"{(\w+)}", found)) == {question, answer}:
+            return str(found).replace("\\n", "\n")  # as Python reads it: the card shows source code
     raise DataError(
-        f"the model card shows no prompt with {{{question}}} and {{{answer}}}; give a folder whose card does."
+        f"the model card shows no prompt with {{{question}}} and {{{answer}}}; keep the model in a folder with a card that does, "
+        "and name it as JUDGE=FOLDER."
     )
