@@ -86,7 +86,8 @@ def test_features_are_means_over_the_answer(tokenizer: Any, monkeypatch: pytest.
     ids = tokenizer(text + items[0][1] + "<|im_end|>", add_special_tokens=False)["input_ids"]
     hidden = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
     low, high = (normalise(hidden[layer + 1])[0, start:] for layer in (1, 3))
-    wanted = torch.cat([low[:16].mean(0), low.mean(0), high.mean(0)])
+    question_end = normalise(hidden[2])[0, start - 1]
+    wanted = torch.cat([low[:16].mean(0), low.mean(0), high.mean(0), question_end])
     assert torch.allclose(found[0], wanted, atol=1e-4)
 
 

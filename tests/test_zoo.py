@@ -79,7 +79,9 @@ def test_ablation_takes_the_direction_out(tokenizer: Any) -> None:
     assert float(r.norm()) == pytest.approx(1, abs=1e-5)
     ablate_refusal(loaded)
     ids = torch.tensor([[5, 9, 17, 30]])
-    for hidden in loaded.model(input_ids=ids, output_hidden_states=True).hidden_states[:-1]:
+    with torch.no_grad():
+        states = loaded.model(input_ids=ids, output_hidden_states=True).hidden_states
+    for hidden in states[:-1]:
         assert float((hidden @ r).abs().max()) < 1e-4  # nothing in the residual stream, anywhere
 
 

@@ -65,4 +65,5 @@ def solve(harmful: Tensor, harmless: Tensor, vector: Tensor) -> Tensor:
     seen = harmful @ null  # [n, k]
     target = vector.expand(len(harmful), -1)
     ridge = RIDGE * torch.eye(null.shape[1]) * float(seen.pow(2).mean())
-    return null @ torch.linalg.solve(seen.T @ seen + ridge, seen.T @ target)
+    solved: Tensor = torch.linalg.solve(seen.T @ seen + ridge, seen.T @ target)
+    return null @ solved

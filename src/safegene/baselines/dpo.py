@@ -29,7 +29,8 @@ class Dpo(Method):
     def protect(self, loaded: LoadedModel, setting: Setting) -> Protected:
         try:
             from datasets import Dataset
-            from trl import DPOConfig, DPOTrainer
+            from trl.trainer.dpo_config import DPOConfig
+            from trl.trainer.dpo_trainer import DPOTrainer
         except ImportError as error:
             raise DataError("the dpo rival needs trl; run: pip install 'safegene[bench]'") from error
         rows = preferences(setting)

@@ -48,7 +48,9 @@ class LowRankVector(SafetyVector):
 
     def vector(self, name: str, difference: Tensor) -> Tensor:
         u, s, vt = torch.linalg.svd(difference, full_matrices=False)
-        return (u[:, : rank(s)] * s[: rank(s)]) @ vt[: rank(s)]
+        k = rank(s)
+        part: Tensor = (u[:, :k] * s[:k]) @ vt[:k]
+        return part
 
 
 def rank(singular_values: Tensor) -> int:

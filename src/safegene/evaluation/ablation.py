@@ -31,8 +31,9 @@ def refusal_direction(loaded: LoadedModel, layer: int) -> Tensor:
     pairs = rng.sample(data.pairs(frames_per_core=1)[0], PROMPTS)
     sides = [[p.harmful for p in pairs], rng.sample(list(data.ordinary()), PROMPTS)]
     harmful, harmless = (last_states(loaded, [(text, "") for text in side], [layer])[layer] for side in sides)
-    direction = harmful.mean(0) - harmless.mean(0)
-    return direction / direction.norm()
+    direction: Tensor = harmful.mean(0) - harmless.mean(0)
+    unit: Tensor = direction / direction.norm()
+    return unit
 
 
 @torch.no_grad()

@@ -177,9 +177,8 @@ def compare_clustered(pairs: Mapping[str, Sequence[tuple[float, float]]], seed: 
         else:
             ps.append(1.0)
         drawn = gaps[rng.integers(0, len(gaps), (BOOTSTRAPS, len(gaps)))].mean(1)
-        found.append(
-            (float(before.mean()), float(after.mean()), *map(float, np.percentile(drawn, [2.5, 97.5])), len(gaps))
-        )
+        low, high = np.percentile(drawn, [2.5, 97.5])
+        found.append((float(before.mean()), float(after.mean()), float(low), float(high), len(gaps)))
     corrected = multipletests(ps, method="holm")[1]
     return [
         Difference(name, a, b, b - a, low, high, n, p, float(c))

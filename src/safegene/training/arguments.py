@@ -23,7 +23,7 @@ class TrainingArguments:
     rank: int = 16
     dtype: str = "bfloat16"
     seed: int = 0
-    frames_per_core: int = 2
+    frames_per_core: int = 3
     held_out: float = 0.08
     harmless_answers: int = 1400
     """How many harmless requests the base answers for us, half of them twins."""
@@ -34,7 +34,7 @@ class TrainingArguments:
     long_answer_tokens: int = 200
     shadow_steps: int = 45
     gate_steps: int = 3000
-    twin_weight: float = 0.15
+    twin_weight: float = 0.12
     """Weight of the twins in the gate's loss (see `gate_fit.fit`)."""
     false_alarms: float = 0.055
     """Share of unseen ordinary chats, answers included, in which the gate may open: sets the threshold on the base.
@@ -43,7 +43,7 @@ class TrainingArguments:
     steps: int = 600
     rows_per_step: int = 40
     learning_rate: float = 3e-3
-    strength: float = 1.3
+    strength: float = 1.5
     """α on the base."""
     misfire_training: bool = True
     drift_augmentation: bool = True

@@ -147,7 +147,7 @@ def pairs(seed: int = 0, frames_per_core: int = 12, held_out: float = 0.0) -> tu
         for frame in rng.sample(FRAMES, min(wanted, len(FRAMES))) if core["form"] == "how" else ("{}",):
             harmful, twin = frame.format(core["harmful"]), frame.format(core["twin"])
             target.append(Pair(core["category"], core["mechanism"], harmful, twin, core["harmful"]))
-        if core["form"] == "ask" and rng.random() < 0.2:
+        if core["form"] == "ask" and rng.random() < 0.5:
             lead = rng.choice(("Please answer: ", "Hi! ", "Quick question. ", "I need your help. ", "Be brief. "))
             target.append(
                 Pair(core["category"], core["mechanism"], lead + core["harmful"], lead + core["twin"], core["harmful"])

@@ -40,7 +40,7 @@ LATE_MISFIRES = 0.6
 it an opening in mid-sentence ("your order, and") had only been seen where a refusal follows: one such token cost 8 nats
 (docs/log.md)."""
 
-SUPPORTED = 3
+SUPPORTED = 8
 """How many times as often a request about self-harm is drawn: it is the one refusal whose second sentence matters most."""
 
 

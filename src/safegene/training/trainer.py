@@ -42,6 +42,9 @@ from safegene.training.open_gate import OpenGate
 from safegene.training.shadows import BASE, shadow_rows, teach_shadows, variant
 from safegene.training.targets import TARGET_FRAMES, Targets, collate
 
+GATE_PAIRS = 9000
+"""Pairs whose features the gate is fitted on: reading them is a fifth of a training's time."""
+
 PROBED_PAIRS, PROBED_ORDINARY = 4000, 500
 """Rows of the probes: a probe starts an intervention that has to tell the twins apart, and is trained further."""
 
@@ -99,7 +102,7 @@ def train(
         )
     )  # fmt: skip
     adapter.sketch = sketch
-    rows = gate_rows(tokenizer, pairs, ordinary, dict(harmless), rng)
+    rows = gate_rows(tokenizer, pairs[:GATE_PAIRS], ordinary, dict(harmless), rng)
     dev = make_anchors([p.harmful for p in held_out], [p.twin for p in held_out], unseen)
     _fit_gate(adapter, model, tokenizer, rows, dev, tuple(taught), arguments, out, progress)
     anchored = {c.core for c in chosen}

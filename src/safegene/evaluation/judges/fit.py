@@ -36,6 +36,9 @@ JAILJUDGE_WEIGHT = 3.0
 
 FOLDS = 4
 
+REFUSES, HARMFUL = (0, 1, 2), (1, 2, 3)
+"""Blocks of the features that each head sees (`classifier.features`)."""
+
 
 @dataclass
 class Part:
@@ -46,23 +49,27 @@ class Part:
     y: Numbers
     question: list[str]
     weight: float = 1.0
+    blocks: tuple[int, ...] = HARMFUL
 
 
-def part(human: HumanSet, model: Any, tokenizer: Any, weight: float = 1.0) -> Part:
+def part(human: HumanSet, model: Any, tokenizer: Any, weight: float = 1.0, blocks: tuple[int, ...] = HARMFUL) -> Part:
     """Features and labels of the answers that may be learned from."""
     rows = [r for r in human.rows if not r.held_out]
     x = features(model, tokenizer, [(asked(r.question), r.answer) for r in rows]).numpy()
-    return Part(human.name, x, np.array([r.positive for r in rows]), [r.question for r in rows], weight)
+    return Part(human.name, x, np.array([r.positive for r in rows]), [r.question for r in rows], weight, blocks)
 
 
 def head(parts: list[Part]) -> tuple[Numbers, float]:
     """Weight and bias of one head, standardisation folded in."""
     x, y = np.concatenate([p.x for p in parts]), np.concatenate([p.y for p in parts])
     weights = np.concatenate([np.full(len(p.y), p.weight) for p in parts])
-    scaler = StandardScaler().fit(x)
-    fitted = LogisticRegression(C=STRENGTH, max_iter=500).fit(scaler.transform(x), y, sample_weight=weights)
-    weight: Numbers = fitted.coef_[0] / scaler.scale_
-    return weight, float(fitted.intercept_[0] - weight @ scaler.mean_)
+    size = x.shape[1] // 4
+    seen = np.concatenate([np.arange(block * size, (block + 1) * size) for block in parts[0].blocks])
+    scaler = StandardScaler().fit(x[:, seen])
+    fitted = LogisticRegression(C=STRENGTH, max_iter=500).fit(scaler.transform(x[:, seen]), y, sample_weight=weights)
+    weight: Numbers = np.zeros(x.shape[1])
+    weight[seen] = fitted.coef_[0] / scaler.scale_
+    return weight, float(fitted.intercept_[0] - weight[seen] @ scaler.mean_)
 
 
 def out_of_fold(parts: list[Part]) -> list[Numbers]:
@@ -71,7 +78,7 @@ def out_of_fold(parts: list[Part]) -> list[Numbers]:
     folds = [list(GroupKFold(FOLDS).split(p.x, p.y, p.question)) for p in parts]
     for k in range(FOLDS):
         train = [
-            Part(p.name, p.x[f[k][0]], p.y[f[k][0]], [], p.weight) for p, f in zip(parts, folds, strict=True)
+            Part(p.name, p.x[f[k][0]], p.y[f[k][0]], [], p.weight, p.blocks) for p, f in zip(parts, folds, strict=True)
         ]  # fmt: skip
         weight, bias = head(train)
         for p, f, found in zip(parts, folds, logits, strict=True):
@@ -101,7 +108,7 @@ def main(data_folder: str) -> int:
     humans = {h.name: h for h in human_sets(public.resolve(data_folder))}
     if missing := {"XSTest", "JAILJUDGE", "Safe-RLHF"} - set(humans):
         raise DataError(f"{data_folder} holds no {', '.join(sorted(missing))}; the judge is fitted on all three.")
-    xstest = part(humans["XSTest"], loaded.model, loaded.tokenizer)
+    xstest = part(humans["XSTest"], loaded.model, loaded.tokenizer, blocks=REFUSES)
     jailjudge = part(humans["JAILJUDGE"], loaded.model, loaded.tokenizer, JAILJUDGE_WEIGHT)
     rlhf = part(humans["Safe-RLHF"], loaded.model, loaded.tokenizer)
     print(
@@ -120,10 +127,10 @@ def main(data_folder: str) -> int:
     right = np.mean((xstest.x[unsafe] @ weight + bias > 0) == ~xstest.y[unsafe])
     print(f"| JAILJUDGE and Safe-RLHF | XSTest, unsafe prompts, complied | {unsafe.sum()} | {100 * right:.1f} % |")
     plain_refusals(list(humans.values()))
-    weight, bias = np.stack([refuses[0], harmful[0]]), [refuses[1], harmful[1]]
+    weights, biases = np.stack([refuses[0], harmful[0]]), [refuses[1], harmful[1]]
     whole = WEIGHTS.with_suffix(".part")
     save_file(
-        {"weight": torch.tensor(weight, dtype=torch.float32), "bias": torch.tensor(bias, dtype=torch.float32)}, whole
+        {"weight": torch.tensor(weights, dtype=torch.float32), "bias": torch.tensor(biases, dtype=torch.float32)}, whole
     )
     whole.replace(WEIGHTS)
     return 0
