@@ -1,12 +1,16 @@
 # Everything a fresh machine needs is set up on first use, in .venv.
 PY := .venv/bin/python
 
-.PHONY: demo test check fix train results-core ablations evaluation-grams near-duplicates judge judge-agreement speed
+.PHONY: demo test test-fast check fix train results-core ablations evaluation-grams near-duplicates judge judge-agreement speed
 demo: .venv/ready
 	.venv/bin/safegene demo
 
 test: check
 	$(PY) -m pytest
+
+# Without the real model: what to run while working.
+test-fast: .venv/ready
+	$(PY) -m pytest -m "not real"
 
 check: .venv/ready
 	.venv/bin/ruff check .
