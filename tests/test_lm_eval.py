@@ -9,16 +9,14 @@ import pytest
 
 import safegene.evaluation.lm_eval as tasks
 from conftest import tiny
-from safegene.evaluation import judges
 
 
 @pytest.mark.filterwarnings("ignore")  # lm-eval's own
-def test_lm_eval_finds_and_scores_our_tasks(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lm_eval_finds_and_scores_our_tasks(tokenizer: Any) -> None:
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    monkeypatch.setattr(judges, "default_judge", judges.RuleJudge)
     model = HFLM(pretrained=tiny(), tokenizer=tokenizer, batch_size=2, device="cpu")
     found = lm_eval.simple_evaluate(
         model=model, tasks=["safegene_safetyeval", "safegene_over_refusal"], limit=2, apply_chat_template=True,

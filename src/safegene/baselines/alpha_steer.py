@@ -66,4 +66,5 @@ def solve(harmful: Tensor, harmless: Tensor, vector: Tensor) -> Tensor:
     target = vector.expand(len(harmful), -1)
     ridge = RIDGE * torch.eye(null.shape[1]) * float(seen.pow(2).mean())
     solved: Tensor = torch.linalg.solve(seen.T @ seen + ridge, seen.T @ target)
-    return null @ solved
+    matrix: Tensor = null @ solved
+    return matrix

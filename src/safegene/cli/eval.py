@@ -19,7 +19,7 @@ def command(
     model: Annotated[str, typer.Option(help="Model: folder, embedded name or hub id.")] = EMBEDDED,
     adapter: Annotated[str, typer.Option(help="Adapter to attach: folder, shipped name or hub id.")] = "",
     suite: Annotated[str, typer.Option(help="Comma-separated suites (see --list).")] = OWN,
-    judge: Annotated[str, typer.Option(help="Judge (see safegene judge --help).")] = "default",
+    judge: Annotated[str, typer.Option(help="Judge (see safegene judge --help).")] = "rules",
     data: Annotated[str | None, typer.Option(help="Folder, file or hub id of the public sets.")] = None,
     n: Annotated[int, typer.Option(min=0, help="Samples of a suite at most; 0 takes all.")] = 0,
     tokens: Annotated[int, typer.Option(min=8, help="New tokens of an answer at most.")] = 128,

@@ -68,7 +68,7 @@ class Recipe:
         """
         try:
             said: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-            given: list[dict[str, Any]] = said["stages"]
+            given: Any = said["stages"]
             stages = [Stage(**{k: tuple(v) if isinstance(v, list) else v for k, v in stage.items()}) for stage in given]
             recipe = cls(path.parent / said["zoo"], said["adapter"], tuple(stages))
         except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:

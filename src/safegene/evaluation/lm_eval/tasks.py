@@ -6,12 +6,12 @@ import functools
 from typing import Any
 
 from safegene.evaluation import suite
-from safegene.evaluation.judges import Judge, asked, default_judge
+from safegene.evaluation.judges import Judge, RuleJudge, asked
 
 
 @functools.cache
 def _judge() -> Judge:
-    return default_judge()
+    return RuleJudge()
 
 
 def _split(name: str) -> dict[str, Any]:
