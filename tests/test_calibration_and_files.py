@@ -111,9 +111,10 @@ def test_a_gate_that_lost_its_way_is_refused_unless_told_otherwise(tokenizer: An
     [
         ((0.9,), 1.5, False),
         ((0.77,), 1.5, False),
-        ((0.5, 0.8), 2.1, False),
-        ((0.7, 0.6), 1.5, False),
-        ((0.2, 0.3), 2.1, True),
+        ((0.5, 0.8), 1.8, False),
+        ((0.5, 0.6, 0.8), 2.1, False),
+        ((0.7, 0.6, 0.6), 1.5, False),
+        ((0.2, 0.2, 0.3), 2.1, True),
     ],
 )
 def test_strength_rises_until_anchors_are_refused_as_on_the_base(

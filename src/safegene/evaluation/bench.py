@@ -69,7 +69,10 @@ class Recipe:
         try:
             said: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
             given: Any = said["stages"]
-            stages = [Stage(**{k: tuple(v) if isinstance(v, list) else v for k, v in stage.items()}) for stage in given]
+            stages = [
+                Stage(tuple(s["methods"]), int(s["harmful"]), int(s["harmless"]), tuple(s.get("fine_tunes", ())))
+                for s in given
+            ]
             recipe = cls(path.parent / said["zoo"], said["adapter"], tuple(stages))
         except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is no bench recipe ({str(error).splitlines()[0]}); see recipes/.") from error
