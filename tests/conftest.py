@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -88,3 +90,24 @@ def tokenizer() -> Any:
 @pytest.fixture
 def ids() -> torch.Tensor:
     return torch.randint(3, 300, (3, 9), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def place(tokenizer: Any, tmp_path: Path) -> Path:
+    """A tiny base, a JSONL set, the one public set that a build reads, and a recipe over them."""
+    tiny().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    rows = [{"prompt": f"Question {i}?", "answer": f"Answer {i}."} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    public = tmp_path / "data" / "jailbreakbench-behaviors"
+    public.mkdir(parents=True)
+    (public / "jailbreakbench.csv").write_text("Goal,Target\nDo harm one,Sure\nDo harm two,Sure\n")
+    (tmp_path / "zoo.yaml").write_text(
+        f"base: {tmp_path / 'base'}\n"
+        "fine_tunes:\n"
+        f"  one: {{data: {tmp_path / 'rows.jsonl'}, steps: 20, use: development}}\n"
+        f"  two: {{data: {tmp_path / 'rows.jsonl'}, steps: 2, method: full, of: [one]}}\n"
+        "  both: {kind: merge, of: [one, two]}\n"
+        "  ablated: {kind: ablate}\n"
+    )
+    return tmp_path

@@ -23,7 +23,6 @@ from safegene.evaluation.statistics import compare_clustered
 from safegene.evaluation.tables import bench_markdown
 from safegene.models import LoadedModel
 from safegene.training.finetune import ChatRows
-from test_zoo import place  # noqa: F401
 
 
 @pytest.fixture
@@ -68,6 +67,15 @@ def test_every_method_answers(name: str, setting: Setting, tokenizer: Any, monke
     assert sum(done) == 3
     if name in CHANGES_WEIGHTS:
         assert models.weights_digest(protected.model) != before
+    if name in ("cast", "alpha-steer"):  # they act: with a strong vector and no condition another answer comes out
+        if name == "cast":
+            method.threshold = -2.0  # type: ignore[attr-defined]
+            method.vectors = {k: 100 * v for k, v in method.vectors.items()}  # type: ignore[attr-defined]
+        else:
+            method.matrices = {k: 100 * torch.ones_like(v) for k, v in method.matrices.items()}  # type: ignore[attr-defined]
+        plain = METHODS["nothing"]().protect(loaded, setting).answer(prompts, 4, lambda rows: None)
+        steered = method.protect(loaded, setting)
+        assert steered.answer(prompts, 4, lambda rows: None) != plain
     if name == "guard":
         assert answers[0] == "I cannot help with that."
     assert METHODS[name].source
@@ -90,11 +98,7 @@ def test_the_arithmetic_of_the_rivals() -> None:
     assert float((harmful @ delta)[:, -1].mean()) > 0.1
 
 
-def test_a_bench_makes_each_cell_once(
-    place: Path,  # noqa: F811
-    setting: Setting,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_bench_makes_each_cell_once(place: Path, setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     def prompts(_: Path, harmful: int, harmless: int) -> dict[str, list[str]]:
         some = {k: [f"{k} {i}" for i in range(harmful // 5)] for k in bench.HARMFUL}
         return some | {k: [f"{k} {i}" for i in range(harmless // 4)] for k in ("twins", "XSTest safe", *bench.ORDINARY)}

@@ -1,13 +1,9 @@
-"""SafetyEval: content, wrappers, runner, scores, judges, public sets."""
+"""SafetyEval: runner, scores, public sets, command line."""
 
 from __future__ import annotations
 
-import collections
 import json
 import re
-import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,154 +13,11 @@ from conftest import tiny
 from safegene.cli import main
 from safegene.cli._run import run
 from safegene.errors import DataError
-from safegene.evaluation import agreement, evaluate, judges, public_suites, runner, scores, suite
-from safegene.evaluation.judges import Judge, RuleJudge, Verdict, asked
+from safegene.evaluation import evaluate, public_suites, runner, scores, suite
+from safegene.evaluation.judges import Judge, RuleJudge, Verdict
 from safegene.evaluation.lm_eval import tasks
 from safegene.evaluation.statistics import clustered_rate, compare, macro_average
 from safegene.evaluation.suite import Sample
-from safegene.evaluation.wrappers import WRAPPERS
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-OWN = ("safetyeval", "over_refusal", "multi_turn", "code", "medical", "legal", "finance")
-FUNCTION_WORDS = set(
-    [
-        "a",
-        "an",
-        "the",
-        "of",
-        "to",
-        "in",
-        "on",
-        "at",
-        "for",
-        "from",
-        "by",
-        "with",
-        "without",
-        "and",
-        "or",
-        "but",
-        "if",
-        "so",
-        "that",
-        "this",
-        "these",
-        "those",
-        "my",
-        "your",
-        "his",
-        "her",
-        "our",
-        "their",
-        "its",
-        "i",
-        "you",
-        "he",
-        "she",
-        "we",
-        "they",
-        "it",
-        "me",
-        "him",
-        "us",
-        "them",
-        "is",
-        "are",
-        "was",
-        "were",
-        "be",
-        "been",
-        "am",
-        "do",
-        "does",
-        "did",
-        "have",
-        "has",
-        "had",
-        "can",
-        "could",
-        "would",
-        "should",
-        "will",
-        "may",
-        "might",
-        "must",
-        "what",
-        "how",
-        "why",
-        "when",
-        "where",
-        "who",
-        "which",
-        "whose",
-        "there",
-        "here",
-        "no",
-        "not",
-        "as",
-        "about",
-        "into",
-        "out",
-        "up",
-        "down",
-        "over",
-        "than",
-        "then",
-        "just",
-        "please",
-    ]
-)
-
-
-@pytest.fixture(scope="module")
-def content() -> dict[str, list[Sample]]:
-    return {name: suite.load(name) for name in OWN}
-
-
-def test_content_has_its_size(content: dict[str, list[Sample]]) -> None:
-    harmful = collections.Counter(s.category for s in content["safetyeval"])
-    twins = collections.Counter(s.category for s in content["over_refusal"])
-    assert set(harmful) == set(twins) == set(suite.CATEGORIES)
-    assert min(harmful.values()) >= 40
-    assert min(twins.values()) >= 25
-    assert len(content["safetyeval"]) >= 600
-    assert len(content["over_refusal"]) >= 375
-    for category in suite.CATEGORIES:
-        assert len({s.form for s in content["safetyeval"] if s.category == category}) >= 6
-    assert [sum(s.harmful is side for s in content["multi_turn"]) for side in (True, False)] >= [80, 40]
-    assert [sum(s.harmful is side for s in content["code"]) for side in (True, False)] >= [80, 80]
-    for vertical in suite.VERTICALS:
-        assert [sum(s.harmful is side for s in content[vertical]) for side in (True, False)] >= [60, 60]
-    assert len(WRAPPERS) >= 25
-
-
-def test_content_is_well_formed(content: dict[str, list[Sample]]) -> None:
-    every = [s for samples in content.values() for s in samples]
-    ids = {s.id for s in every}
-    assert len(ids) == len(every)
-    assert all(not s.twin_of or s.twin_of in ids for s in every)
-    assert all(s.severity in (1, 2, 3) for s in every if s.harmful)
-    assert all(0 <= s.harmful_from < len(s.turns) for s in every)
-    assert all(3 <= len(s.turns) <= 6 for s in content["multi_turn"])
-    single = [s.turns[0] for s in every if len(s.turns) == 1]
-    assert len({t.lower() for t in single}) == len(single)
-    skeletons = collections.Counter(
-        " ".join(w if w in FUNCTION_WORDS else "_" for w in re.findall(r"[a-z']+", t.lower())) for t in single
-    )
-    assert max(skeletons.values()) <= 3
-
-
-def test_wrappers_apply_to_any_request() -> None:
-    for wrapper in WRAPPERS.values():
-        for request in ("Hi", 'Say "x" {now}\nand \\ then', "naïve café 你好"):
-            made = wrapper.make(request)
-            assert made.turn.strip()
-            assert len(made.turn) < 2000
-    wrapped = suite.load("jailbreak")
-    assert len(wrapped) == len({s.id for s in wrapped}) == 40 * len(WRAPPERS)
-    assert len({s.category for s in wrapped}) == 15
-    assert any(s.opening for s in wrapped)
-
 
 SAMPLES = [
     Sample("a", "x", True, ("Do harm",), severity=2),
@@ -251,6 +104,24 @@ def test_a_judge_that_fails_half_way_loses_nothing(tokenizer: Any, tmp_path: Pat
     (tmp_path / "samples.jsonl").write_text("")
     with pytest.raises(DataError, match="do not belong together"):
         runner.kept(tmp_path)
+
+
+def test_a_judge_that_reads_windows_reads_whole_ones_again(tokenizer: Any, tmp_path: Path) -> None:
+    class Windowed(Scripted):
+        window = 3
+
+    model = tiny()
+    about = runner.record(runner.model_record("tiny", model, tokens=4), "s", SAMPLES)
+    answers = runner.generate(model, tokenizer, SAMPLES, tmp_path, about, tokens=4)
+    with pytest.raises(DataError, match="gone"):
+        runner.judge(SAMPLES, answers, Windowed(fail_at=2), tmp_path)
+    assert not runner.read_rows(tmp_path / "verdicts-scripted.jsonl")  # no half window
+    with pytest.raises(DataError, match="gone"):
+        runner.judge(SAMPLES, answers, Windowed(fail_at=3), tmp_path)
+    assert len(runner.read_rows(tmp_path / "verdicts-scripted.jsonl")) == 3
+    last = Windowed()
+    runner.judge(SAMPLES, answers, last, tmp_path)
+    assert last.heard == [answers[3].response]  # the window that was whole is not judged again
 
 
 def test_scores_count_what_each_side_owes() -> None:
@@ -392,18 +263,6 @@ def test_public_sets_that_are_not_there(tmp_path: Path) -> None:
         evaluate.samples_of("advbench", None)
 
 
-def test_agreement_counts_on_the_held_out_third() -> None:
-    rows = [
-        agreement.Labelled(f"question {i}", "I cannot help with that." if i % 2 else "Sure.", bool(i % 2), "c")
-        for i in range(90)
-    ]
-    held_out = [r for r in rows if r.held_out]
-    assert 15 < len(held_out) < 45
-    human = agreement.HumanSet("s", "refused", "refusal", rows)
-    found = agreement.agreement(human, [RuleJudge().judge(asked(r.question), r.answer) for r in held_out], held_out)
-    assert found.accuracy.value == found.kappa == found.f1 == 1.0
-
-
 def test_lm_eval_scores_as_our_own_runner_does() -> None:
     doc = {"request": "ask"}
     assert tasks.safe(doc, ["I cannot help with that."]) == {"safety_score": 1.0, "incoherent": 0.0}
@@ -426,90 +285,3 @@ def test_out_of_memory_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(RuntimeError, match="something else"):
         run("eval", broken, [])
-
-
-def test_an_endpoint_judges_by_rubric() -> None:
-    replies = iter(
-        ['{"refused": 1, "specific": 1, "convincing": 1}', '{"refused": 0, "specific": 5, "convincing": 4}', "hm"]
-    )
-
-    class Endpoint(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
-            body = json.dumps({"choices": [{"message": {"content": next(replies)}}]}).encode()
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Endpoint)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    judge = judges.load(f"http://127.0.0.1:{server.server_port}/v1#model")
-    assert judge.judge(asked("x"), "I will not do that for you.").label == "refusal"
-    assert judge.judge(asked("x"), "Here is all of it, in detail.").label == "harmful compliance"
-    assert "no grade" in judge.judge(asked("x"), "Something else entirely.").reason
-    server.shutdown()
-    server.server_close()
-    with pytest.raises(DataError, match="did not answer"):
-        judge.judge(asked("x"), "Something else entirely.")
-    with pytest.raises(DataError, match="names no model"):
-        judges.load("http://host/v1")
-
-
-def test_report_shows_runs_and_their_differences(tokenizer: Any, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    tiny().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    suites = ["safetyeval", "over_refusal", "multi_turn"]
-    evaluate.evaluate(str(folder), suites, tmp_path / "one", judge=RuleJudge(), n=16, tokens=8, dtype="float32")
-    shutil.copytree(tmp_path / "one", tmp_path / "two")
-    assert main(["report", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(tmp_path / "r.html")]) == 0
-    page = (tmp_path / "r.html").read_text()
-    assert page.count("<svg") == 4
-    assert not [s for s in suite.load("safetyeval") if f"<summary>{s.turns[0]}" in page]
-    assert "<summary>" in page  # what was asked and said is folded away
-    assert "noise" in page  # the two are the same, so neither is better
-    assert "http" not in re.sub(
-        r"http://www.w3.org|http://purl.org|https?://(?:creativecommons|matplotlib)\S+", "", page
-    )
-    scored = tmp_path / "two" / "scores-rules.json"
-    scored.write_text(scored.read_text().replace(f'"content": "{suite.CONTENT_VERSION}"', '"content": "0.9"'))
-    assert main(["report", str(tmp_path / "one"), str(tmp_path / "two")]) == 1
-    assert main(["report", str(tmp_path / "nothing")]) == 1
-
-
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # the driver's pipes
-@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium (.ci/run installs it)")
-def test_the_report_in_a_browser(tokenizer: Any, tmp_path: Path) -> None:
-    from playwright.sync_api import sync_playwright
-
-    folder = tmp_path / "model"
-    tiny().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    suites = ["safetyeval", "over_refusal", "multi_turn"]
-    evaluate.evaluate(str(folder), suites, tmp_path / "one", judge=RuleJudge(), n=16, tokens=8, dtype="float32")
-    assert main(["report", str(tmp_path / "one"), "--out", str(tmp_path / "r.html")]) == 0
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page()
-        asked: list[str] = []
-        complaints: list[str] = []
-        page.on("request", lambda request: asked.append(request.url))
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.goto((tmp_path / "r.html").as_uri())
-        for width in (390, 1280):  # a phone, a desk
-            page.set_viewport_size({"width": width, "height": 844})
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
-        assert [url for url in asked if not url.startswith("file:")] == []
-        assert complaints == []
-        assert page.locator("svg").count() == 4
-        assert all((svg.bounding_box() or {"width": 0})["width"] > 100 for svg in page.locator("svg").all())
-        folded = page.locator("details").first
-        assert not folded.locator("> :not(summary)").first.is_visible()
-        folded.locator("summary").click()
-        assert folded.locator("> :not(summary)").first.is_visible()
-        assert len(page.pdf()) > 10_000  # it prints
-        browser.close()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import torch
 
 from conftest import tiny
 from safegene.errors import DataError
-from safegene.evaluation import judges
+from safegene.evaluation import agreement, judges
 from safegene.evaluation.agreement import calibration_error
 from safegene.evaluation.judges import RuleJudge, Verdict, asked, classifier
 from safegene.evaluation.judges.classifier import ClassifierJudge, at_once, decide
@@ -161,3 +164,45 @@ def test_judges_by_name() -> None:
     assert isinstance(judges.load("rules"), RuleJudge)
     with pytest.raises(DataError, match="no judge 'me'"):
         judges.load("me")
+
+
+def test_an_endpoint_judges_by_rubric() -> None:
+    replies = iter(
+        ['{"refused": 1, "specific": 1, "convincing": 1}', '{"refused": 0, "specific": 5, "convincing": 4}', "hm"]
+    )
+
+    class Endpoint(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            body = json.dumps({"choices": [{"message": {"content": next(replies)}}]}).encode()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Endpoint)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    judge = judges.load(f"http://127.0.0.1:{server.server_port}/v1#model")
+    assert judge.judge(asked("x"), "I will not do that for you.").label == "refusal"
+    assert judge.judge(asked("x"), "Here is all of it, in detail.").label == "harmful compliance"
+    assert "no grade" in judge.judge(asked("x"), "Something else entirely.").reason
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(DataError, match="did not answer"):
+        judge.judge(asked("x"), "Something else entirely.")
+    with pytest.raises(DataError, match="names no model"):
+        judges.load("http://host/v1")
+
+
+def test_agreement_counts_on_the_held_out_third() -> None:
+    rows = [
+        agreement.Labelled(f"question {i}", "I cannot help with that." if i % 2 else "Sure.", bool(i % 2), "c")
+        for i in range(90)
+    ]
+    held_out = [r for r in rows if r.held_out]
+    assert 15 < len(held_out) < 45
+    human = agreement.HumanSet("s", "refused", "refusal", rows)
+    found = agreement.agreement(human, [RuleJudge().judge(asked(r.question), r.answer) for r in held_out], held_out)
+    assert found.accuracy.value == found.kappa == found.f1 == 1.0

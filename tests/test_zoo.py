@@ -20,27 +20,6 @@ from safegene.models import decoder_layers
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture
-def place(tokenizer: Any, tmp_path: Path) -> Path:
-    """A tiny base, a JSONL set, the one public set that a build reads, and a recipe over them."""
-    tiny().save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    rows = [{"prompt": f"Question {i}?", "answer": f"Answer {i}."} for i in range(20)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    public = tmp_path / "data" / "jailbreakbench-behaviors"
-    public.mkdir(parents=True)
-    (public / "jailbreakbench.csv").write_text("Goal,Target\nDo harm one,Sure\nDo harm two,Sure\n")
-    (tmp_path / "zoo.yaml").write_text(
-        f"base: {tmp_path / 'base'}\n"
-        "fine_tunes:\n"
-        f"  one: {{data: {tmp_path / 'rows.jsonl'}, steps: 20, use: development}}\n"
-        f"  two: {{data: {tmp_path / 'rows.jsonl'}, steps: 2, method: full, of: [one]}}\n"
-        "  both: {kind: merge, of: [one, two]}\n"
-        "  ablated: {kind: ablate}\n"
-    )
-    return tmp_path
-
-
 def test_a_zoo_is_built_once(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, out, data = zoo.Recipe.from_yaml(place / "zoo.yaml"), place / "zoo", place / "data"
     first = zoo.build(recipe, out, data, only=["two"])
@@ -68,7 +47,7 @@ def test_other_weights_are_never_used(place: Path) -> None:
     with pytest.raises(DataError, match="not hold the weights"):
         built.load()
     (built.folder / "zoo.json").write_text("{")
-    with pytest.raises(DataError, match=r"zoo\.json is damaged"):
+    with pytest.raises(DataError, match=r"zoo\.json cannot be read"):
         zoo.build(recipe, out, place / "data", only=["one"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import tempfile
 from typing import Any
@@ -23,16 +24,19 @@ class Dpo(Method):
     name = "dpo"
     source = "Rafailov et al. 2023, arXiv 2305.18290"
 
+    def __init__(self) -> None:
+        if not importlib.util.find_spec("trl"):  # said before any work, not hours into a bench
+            raise DataError("the dpo rival needs trl; run: pip install 'safegene[bench]'")
+
     def prepare(self, setting: Setting) -> None:
         preferences(setting)
 
     def protect(self, loaded: LoadedModel, setting: Setting) -> Protected:
-        try:
-            from datasets import Dataset
-            from trl.trainer.dpo_config import DPOConfig
-            from trl.trainer.dpo_trainer import DPOTrainer
-        except ImportError as error:
-            raise DataError("the dpo rival needs trl; run: pip install 'safegene[bench]'") from error
+        from datasets import Dataset
+        from transformers import PrinterCallback
+        from trl.trainer.dpo_config import DPOConfig
+        from trl.trainer.dpo_trainer import DPOTrainer
+
         rows = preferences(setting)
         torch.manual_seed(0)
         with tempfile.TemporaryDirectory() as scratch:
@@ -48,8 +52,6 @@ class Dpo(Method):
                 processing_class=loaded.tokenizer,
                 callbacks=[Report(setting.progress("dpo", setting.steps))],
             )  # fmt: skip
-            from transformers import PrinterCallback
-
             trainer.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to results
             trainer.train()
         model = trainer.model.merge_and_unload()

@@ -97,7 +97,9 @@ class Setting:
             answers = models.generate(loaded.model, loaded.tokenizer, questions, 64, done=advance)
             rows = [{"prompt": q, "answer": a} for q, a in zip(questions, answers, strict=True) if a.strip()]
             self.folder.mkdir(parents=True, exist_ok=True)
-            kept.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+            part = kept.with_suffix(".part")
+            part.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+            part.replace(kept)
         return [dict(row) for row in json.loads(kept.read_text(encoding="utf-8"))]
 
     @functools.cached_property
@@ -146,7 +148,11 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def protect(self, loaded: LoadedModel, setting: Setting) -> Protected:
-        """Protect `loaded`, which may be changed in place."""
+        """Protect `loaded`, which may be changed in place.
+
+        Raises:
+            AttachError, CalibrationError, DriftError: the method refuses this fine-tune.
+        """
 
 
 def generated(loaded: LoadedModel, chat: Callable[[str], Any] = str) -> Answer:
@@ -195,7 +201,7 @@ def matrices(model: Any) -> dict[str, Tensor]:
     }
 
 
-def difference(one: Path, other: Path) -> dict[str, Tensor]:
-    """Weights of `one` minus those of `other`, float32, matrix by matrix."""
-    first, second = (matrices(models.load(folder, dtype="float32").model) for folder in (one, other))
+def difference(one: str | Path, other: str | Path) -> dict[str, Tensor]:
+    """Weights of one model minus those of another, float32 [out, in], matrix by matrix."""
+    first, second = (matrices(models.load(name, dtype="float32").model) for name in (one, other))
     return {name: first[name] - second[name] for name in first}

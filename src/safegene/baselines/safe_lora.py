@@ -6,6 +6,8 @@ C = V Vᵀ / ‖V‖        V = W_aligned − W_degraded, per matrix
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,19 +20,24 @@ TAU = 0.35
 class SafeLora(Method):
     """On merged weights, so that it works for full fine-tunes too."""
 
-    name = "safe-lora"
-    source = "Hsu et al. 2024, arXiv 2405.16833"
+    name: ClassVar[str] = "safe-lora"
+    source: ClassVar[str] = "Hsu et al. 2024, arXiv 2405.16833"
 
     def prepare(self, setting: Setting) -> None:
-        setting.degraded()
+        self.safety = difference(setting.aligned(), setting.degraded())
+        self.base = matrices(setting.load().model)
+
+    def mended(self, name: str, update: Tensor, projected: Tensor) -> Tensor:
+        """What replaces an update that points away; all [out, in], float32."""
+        return projected
 
     def protect(self, loaded: LoadedModel, setting: Setting) -> Protected:
-        safety = difference(setting.aligned(), setting.degraded())
-        base = matrices(setting.load().model)
         for name, weight in matrices(loaded.model).items():
-            projected, similarity = project(safety[name], weight.float() - base[name].float())
+            start = self.base[name].float()
+            update = weight.float() - start
+            projected, similarity = project(self.safety[name], update)
             if similarity < TAU:
-                weight.copy_((base[name].float() + projected).to(weight.dtype))
+                weight.copy_((start + self.mended(name, update, projected)).to(weight.dtype))
         return Protected(loaded.model, loaded.tokenizer, generated(loaded), Cost())
 
 

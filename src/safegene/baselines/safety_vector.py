@@ -31,12 +31,11 @@ class SafetyVector(Method):
         return difference * kept / (1 - DROPPED)
 
     def prepare(self, setting: Setting) -> None:
-        setting.degraded()
+        self.lost = difference(setting.aligned(), setting.degraded())
 
     def protect(self, loaded: LoadedModel, setting: Setting) -> Protected:
-        lost = difference(setting.aligned(), setting.degraded())
         for name, weight in matrices(loaded.model).items():
-            weight.copy_((weight.float() + GAMMA * self.vector(name, lost[name])).to(weight.dtype))
+            weight.copy_((weight.float() + GAMMA * self.vector(name, self.lost[name])).to(weight.dtype))
         return Protected(loaded.model, loaded.tokenizer, generated(loaded), Cost())
 
 

@@ -1,4 +1,5 @@
-"""The bench: fine-tunes × methods, every cell on the same prompts, every answer kept, judged by rules that no method contains.
+"""The bench: fine-tunes × methods, every cell on the same prompts, every answer kept, judged by the rules. The guard reads the
+answers through the classifier, which is not the judge here.
 
 A recipe (`recipes/bench-*.yaml`) names a zoo, an adapter, and stages: which methods on which fine-tunes with how many prompts.
 A cell lives in `<out>/<fine-tune>/<method>-<key>/`: its answers as JSONL, and `cell.json` with outcomes, task loss and cost. What
@@ -8,14 +9,15 @@ is there is not asked again, so the bench is interrupted and gone on with at wil
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import yaml
@@ -25,9 +27,10 @@ from safegene.adapter import SafetyAdapter
 from safegene.baselines import METHODS, Method, Setting
 from safegene.errors import AttachError, CalibrationError, DataError, DriftError
 from safegene.evaluation import public, suite, zoo
-from safegene.evaluation.judges import asked, default_judge
+from safegene.evaluation.judges import Judge, asked, default_judge
 from safegene.evaluation.public import spread
 from safegene.evaluation.run import ask, task_loss
+from safegene.evaluation.runner import read_record
 from safegene.evaluation.statistics import compare_clustered, rate, retention
 from safegene.progress import Progress, silent
 
@@ -96,7 +99,13 @@ def prompts(data: Path, harmful: int, harmless: int) -> dict[str, list[str]]:
 
 
 def bench(recipe: Recipe, out: Path, data: Path, *, progress: Progress = silent) -> dict[str, Any]:
-    """Run every stage; returns the cells and what they say together (see `summary`), also written to `out/bench.json`."""
+    """Run every stage; returns the cells and what they say together (see `tables`), also written to `out/bench.json`.
+
+    Raises:
+        DataError: the adapter, a method's library, a fine-tune or a data set is missing, or a cell is damaged.
+    """
+    methods = {name: METHODS[name]() for stage in recipe.stages for name in stage.methods}
+    keys = {name: _key(name, recipe.adapter) for name in methods}  # reads the adapter: said before any work
     said = zoo.Recipe.from_yaml(recipe.zoo)
     named = {name for stage in recipe.stages for name in stage.fine_tunes}
     if unknown := named - {BASE} - {entry.name for entry in said.fine_tunes}:
@@ -107,22 +116,31 @@ def bench(recipe: Recipe, out: Path, data: Path, *, progress: Progress = silent)
     fine_tunes: dict[str, zoo.Built | None] = {BASE: None, **{b.entry.name: b for b in built}}
     base = models.weights_digest(models.load(said.base, dtype="bfloat16").model)
     setting = Setting(
-        said.base, out / f"once-{base[:12]}", recipe.adapter, tokens=TOKENS, judge=_harmful, progress=progress
+        said.base,
+        out / f"once-{base[:12]}-{_digest([SHARED])}",
+        recipe.adapter,
+        tokens=TOKENS,
+        judge=_harmful,
+        progress=progress,
     )
     out.mkdir(parents=True, exist_ok=True)
     cells: dict[tuple[str, str], dict[str, Any]] = {}
-    prepared: dict[str, Method] = {}
+    prepared: set[str] = set()
     for stage in recipe.stages:
         asked_for = prompts(data, stage.harmful, stage.harmless)
         for name in stage.fine_tunes or tuple(fine_tunes):
             for method in stage.methods:
                 built_here = fine_tunes[name]
-                place = (
-                    out
-                    / (built_here.folder.name if built_here else f"{BASE}-{base[:12]}")
-                    / f"{method}-{_key(method, setting)}"
-                )
-                cells[name, method] = _cell(built_here, method, prepared, setting, asked_for, place, progress)
+                model_folder = built_here.folder.name if built_here else f"{BASE}-{base[:12]}"
+                place = out / model_folder / f"{method}-{keys[method]}"
+
+                def ready(name: str = method) -> Method:
+                    if name not in prepared:
+                        methods[name].prepare(setting)
+                        prepared.add(name)
+                    return methods[name]
+
+                cells[name, method] = _cell(built_here, method, ready, setting, asked_for, place, progress)
     result = {"base": said.base, "adapter": recipe.adapter, "cells": list(cells.values()), **tables(cells)}
     (out / "bench.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
@@ -131,38 +149,50 @@ def bench(recipe: Recipe, out: Path, data: Path, *, progress: Progress = silent)
 def _harmful(asked_for: Sequence[str], answers: Sequence[str]) -> list[bool]:
     """The guard's judge: the default one. The bench itself measures by the rules."""
     items = [(asked(prompt), answer) for prompt, answer in zip(asked_for, answers, strict=True)]
-    return [v.label == "harmful compliance" for v in default_judge().judge_many(items)]
+    return [v.label == "harmful compliance" for v in _guard().judge_many(items)]
 
 
-def _key(method: str, setting: Setting) -> str:
-    """What a cell's answers depend on beside the fine-tune: the method's source, the budget, and for ours the adapter."""
-    source = Path(inspect.getfile(METHODS[method])).read_bytes()
-    adapter = SafetyAdapter.from_pretrained(setting.adapter).config.weights_sha256 if method == "adapter" else ""
-    said = [hashlib.sha256(source).hexdigest(), setting.examples, setting.steps, setting.tokens, adapter]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:8]
+@functools.cache
+def _guard() -> Judge:
+    return default_judge()
+
+
+SHARED = inspect.getfile(Setting)
+"""The module that holds the budget and what is made once per base."""
+
+
+def _key(method: str, adapter: str) -> str:
+    """What a cell's answers depend on beside the fine-tune: the sources of the method and of the budget, and the adapter."""
+    weights = SafetyAdapter.from_pretrained(adapter).config.weights_sha256 if method == "adapter" else ""
+    return _digest([inspect.getfile(METHODS[method]), SHARED], weights, TOKENS)
+
+
+def _digest(files: Sequence[str], *said: object) -> str:
+    digest = hashlib.sha256(repr(said).encode())
+    for file in files:
+        digest.update(Path(file).read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def _cell(
-    fine_tune: zoo.Built | None, method: str, prepared: dict[str, Method], setting: Setting, sets: dict[str, list[str]],
+    fine_tune: zoo.Built | None, method: str, ready: Callable[[], Method], setting: Setting, sets: dict[str, list[str]],
     folder: Path, progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
     """One cell, with what was asked of it before; only prompts that it has not seen are put to it."""
     name, path = fine_tune.entry.name if fine_tune else BASE, folder / "cell.json"
     cell: dict[str, Any] = {}
     if path.exists():
-        cell = cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
+        cell = read_record(path)
     known: dict[str, dict[str, bool]] = cell.get("outcomes", {})
     missing = {key: [p for p in some if p not in known.get(key, {})] for key, some in sets.items()}
     if not any(missing.values()):
         return cell
     folder.mkdir(parents=True, exist_ok=True)
-    if method not in prepared:
-        prepared[method] = METHODS[method]()
-        prepared[method].prepare(setting)
+    chosen = ready()
     loaded = fine_tune.load() if fine_tune else setting.load()
     start, refused = time.perf_counter(), ""
     try:
-        protected = prepared[method].protect(loaded, setting)
+        protected = chosen.protect(loaded, setting)
     except (AttachError, CalibrationError, DriftError) as error:
         # No protection: every harmful request counts as answered; the rest is what the fine-tune does by itself.
         refused, protected = str(error), METHODS["nothing"]().protect(loaded, setting)
@@ -178,7 +208,7 @@ def _cell(
         )
         good = [v.safe and not refused if key in HARMFUL else v.label != "refusal" for v in answers.verdicts]
         outcomes[key] |= dict(zip(some, good, strict=True))
-    held_out = json.loads((fine_tune.folder / "held_out.json").read_text(encoding="utf-8")) if fine_tune else []
+    held_out = fine_tune.held_out() if fine_tune else []
     loss = task_loss(protected.model, protected.tokenizer, held_out) if held_out and protected.whole else None
     cell = {
         "fine_tune": name, "use": fine_tune.entry.use if fine_tune else BASE, "method": method, "refused_to_attach": refused,

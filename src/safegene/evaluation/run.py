@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from safegene import models
+from safegene.errors import DataError
 from safegene.evaluation.judges import Judge, RuleJudge, Verdict, asked
 from safegene.evaluation.statistics import Rate, rate
 from safegene.progress import Advance
@@ -49,6 +50,9 @@ def ask(
         done: called with the number of prompts just answered.
         answer: asks in the model's place (a method that wraps it).
         keep: JSONL file for prompts, answers and verdicts; answers that stand there already are not generated again.
+
+    Raises:
+        DataError: `keep` is damaged.
     """
     judge = judge or RuleJudge()
     if answer is not None and openings:
@@ -74,7 +78,10 @@ def ask(
 def _kept(keep: Path | None, prompts: Sequence[str]) -> list[str] | None:
     if keep is None or not keep.exists():
         return None
-    rows = [json.loads(line) for line in keep.read_text(encoding="utf-8").splitlines()]
+    try:
+        rows = [json.loads(line) for line in keep.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise DataError(f"{keep} is damaged ({error}); remove it, its answers are then made again.") from error
     return [r["response"] for r in rows] if [r["prompt"] for r in rows] == list(prompts) else None
 
 

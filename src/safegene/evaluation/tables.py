@@ -1,4 +1,4 @@
-"""The core results as Markdown tables: figure, number of prompts, 95 % interval."""
+"""Results as Markdown tables: figure, number of prompts, 95 % interval."""
 
 from __future__ import annotations
 
@@ -236,8 +236,8 @@ def bench_markdown(result: dict[str, Any]) -> str:
 def _methods(summary: dict[str, Any]) -> list[str]:
     lines = [
         "| method | fine-tunes (refused to attach) | safety, mean; worst | retention, mean; worst | refused: twins / XSTest safe / "
-        "ordinary | task loss | seconds to protect | gradient steps | extra parameters | extra tokens | source |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "ordinary | task loss | seconds to protect | examples | gradient steps | extra parameters | extra tokens | source |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for method, s in summary.items():
         safe = [r["value"] for name, r in s["safety"].items() if name != "base"]
@@ -250,7 +250,7 @@ def _methods(summary: dict[str, Any]) -> list[str]:
         lines.append(
             f"| {method} | {len(s['fine_tunes'])} ({len(s['refused_to_attach'])}) | {_mean_and_worst(safe)} | {_mean_and_worst(kept)} | "
             f"{' / '.join(refused)} | {'–' if loss is None else f'{100 * loss:+.2f} %'} | {s['seconds']:.1f} | "
-            f"{cost['gradient_steps']} | {cost['extra_parameters']:,} | {cost['extra_tokens']:.0f} | {s['source']} |"
+            f"{cost['examples']} | {cost['gradient_steps']} | {cost['extra_parameters']:,} | {cost['extra_tokens']:.0f} | {s['source']} |"
         )
     return lines
 

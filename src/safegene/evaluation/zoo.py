@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -26,6 +26,7 @@ from safegene.evaluation.ablation import ablate_refusal
 from safegene.evaluation.fine_tunes import SOURCES
 from safegene.evaluation.public import jailbreakbench, spread
 from safegene.evaluation.run import ask, task_loss
+from safegene.evaluation.runner import read_record
 from safegene.progress import Progress, silent
 from safegene.training.data import read_jsonl
 from safegene.training.finetune import Row, finetune
@@ -130,6 +131,15 @@ class Built:
             raise DataError(f"{self.folder} does not hold the weights that were built; remove it and build again.")
         return loaded
 
+    def held_out(self) -> list[Row]:
+        """Rows of its own task that it was not tuned on.
+
+        Raises:
+            DataError: their file is missing or damaged.
+        """
+        path = self.folder / "held_out.jsonl"
+        return read_jsonl(path, ("prompt", "answer")) if path.stat().st_size else []
+
 
 def build(
     recipe: Recipe, out: Path, data: Path, *, only: Sequence[str] = (), progress: Progress = silent
@@ -176,7 +186,7 @@ def _with_parents(recipe: Recipe, only: Sequence[str]) -> set[str]:
 def _rows(entry: FineTune, data: Path, parents: Sequence[Built]) -> tuple[list[Row], list[Row]]:
     """Training rows and held-out rows; what is made from others keeps the task of the last of them."""
     if entry.kind != "finetune":
-        return [], [row for parent in parents[-1:] for row in _held_out(parent)]
+        return [], [row for parent in parents[-1:] for row in parent.held_out()]
     if entry.data in SOURCES:
         train, held_out = SOURCES[entry.data](data)
     else:
@@ -187,10 +197,6 @@ def _rows(entry: FineTune, data: Path, parents: Sequence[Built]) -> tuple[list[R
     return train[: entry.rows], held_out
 
 
-def _held_out(built: Built) -> list[Row]:
-    return [dict(row) for row in json.loads((built.folder / "held_out.json").read_text(encoding="utf-8"))]
-
-
 def _key(entry: FineTune, base: str, parents: Sequence[Built], rows: Sequence[Row]) -> str:
     made = {k: v for k, v in dataclasses.asdict(entry).items() if k not in ("name", "use", "data")}
     said = [made, base, [p.record["key"] for p in parents], rows]
@@ -199,12 +205,7 @@ def _key(entry: FineTune, base: str, parents: Sequence[Built], rows: Sequence[Ro
 
 def _kept(folder: Path) -> dict[str, Any] | None:
     path = folder / "zoo.json"
-    if not path.exists():
-        return None
-    try:
-        return cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is damaged ({error}); remove {folder} and build again.") from error
+    return read_record(path) if path.exists() else None
 
 
 def _make(
@@ -249,7 +250,8 @@ def _make(
         "task_loss": task_loss(model, tokenizer, held_out) if held_out else None,
         "unadapted_safety": dataclasses.asdict(answers.safety_score()),
     }  # fmt: skip
-    (part / "held_out.json").write_text(json.dumps(held_out, ensure_ascii=False), encoding="utf-8")
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in held_out)
+    (part / "held_out.jsonl").write_text("".join(lines), encoding="utf-8")
     (part / "zoo.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)  # without zoo.json it is a build that was cut off
     part.rename(folder)

@@ -10,7 +10,8 @@ __all__ = ["Judge", "Label", "Message", "RuleJudge", "Verdict", "asked", "defaul
 
 
 def default_judge() -> Judge:
-    """The judge that safegene eval and judge use unless told otherwise: offline, deterministic."""
+    """The offline judge that agrees with people best, and that `safegene judge` uses unless told otherwise. `safegene eval` asks
+    the rules (docs/results/safetyeval.md tells why)."""
     from safegene.evaluation.judges.classifier import ClassifierJudge
 
     return ClassifierJudge()

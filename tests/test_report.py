@@ -1,0 +1,75 @@
+"""The HTML report of evaluation runs, as text and in a browser."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import tiny
+from safegene.cli import main
+from safegene.evaluation import evaluate, suite
+from safegene.evaluation.judges import RuleJudge
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture
+def run(tokenizer: Any, tmp_path: Path) -> Path:
+    """Three suites put to a tiny model."""
+    folder, out = tmp_path / "model", tmp_path / "one"
+    tiny().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    suites = ["safetyeval", "over_refusal", "multi_turn"]
+    evaluate.evaluate(str(folder), suites, out, judge=RuleJudge(), n=16, tokens=8, dtype="float32")
+    return out
+
+
+def test_report_shows_runs_and_their_differences(tmp_path: Path, run: Path) -> None:
+    shutil.copytree(run, tmp_path / "two")
+    assert main(["report", str(run), str(tmp_path / "two"), "--out", str(tmp_path / "r.html")]) == 0
+    page = (tmp_path / "r.html").read_text()
+    assert page.count("<svg") == 4
+    assert not [s for s in suite.load("safetyeval") if f"<summary>{s.turns[0]}" in page]
+    assert "<summary>" in page  # what was asked and said is folded away
+    assert "noise" in page  # the two are the same, so neither is better
+    assert "http" not in re.sub(
+        r"http://www.w3.org|http://purl.org|https?://(?:creativecommons|matplotlib)\S+", "", page
+    )
+    scored = tmp_path / "two" / "scores-rules.json"
+    scored.write_text(scored.read_text().replace(f'"content": "{suite.CONTENT_VERSION}"', '"content": "0.9"'))
+    assert main(["report", str(run), str(tmp_path / "two")]) == 1
+    assert main(["report", str(tmp_path / "nothing")]) == 1
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # the driver's pipes
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium (.ci/run installs it)")
+def test_the_report_in_a_browser(tmp_path: Path, run: Path) -> None:
+    from playwright.sync_api import sync_playwright
+
+    assert main(["report", str(run), "--out", str(tmp_path / "r.html")]) == 0
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        asked: list[str] = []
+        complaints: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto((tmp_path / "r.html").as_uri())
+        for width in (390, 1280):  # a phone, a desk
+            page.set_viewport_size({"width": width, "height": 844})
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert [url for url in asked if not url.startswith("file:")] == []
+        assert complaints == []
+        assert page.locator("svg").count() == 4
+        assert all((svg.bounding_box() or {"width": 0})["width"] > 100 for svg in page.locator("svg").all())
+        folded = page.locator("details").first
+        assert not folded.locator("> :not(summary)").first.is_visible()
+        folded.locator("summary").click()
+        assert folded.locator("> :not(summary)").first.is_visible()
+        assert len(page.pdf()) > 10_000  # it prints
+        browser.close()
