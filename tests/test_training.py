@@ -26,7 +26,7 @@ from safegene.training.trainer import train
 
 SMALL = dict(
     gate_layers=(1, 2), intervention_layers=(2, 3), gate_width=4, rank=2, dtype="float32", frames_per_core=1,
-    harmless_answers=16, answer_tokens=4, long_answers=8, long_answer_tokens=6, shadow_steps=1, gate_steps=6, steps=4,
+    harmless_answers=16, answer_tokens=4, long_answers=8, long_answer_tokens=6, shadow_steps=1, gate_steps=6, probe_steps=6, steps=4,
     rows_per_step=6, anchors_per_kind=4,
 )  # fmt: skip
 

@@ -86,6 +86,14 @@ def test_shipped_recipes_parse(path: Path) -> None:
     assert {"ablate", "finetune"} <= {entry.kind for entry in recipe.fine_tunes}
 
 
+def test_what_a_build_lacks_is_said_before_any_work(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zoo, "find_spec", lambda name: None)
+    recipe = zoo.Recipe(str(place / "base"), (zoo.FineTune("small", kind="nf4"),))
+    with pytest.raises(DataError, match="needs bitsandbytes"):
+        zoo.build(recipe, place / "zoo", place / "data")
+    assert not (place / "zoo").exists()
+
+
 def test_four_bits_are_few_numbers(place: Path) -> None:
     pytest.importorskip("bitsandbytes")
     recipe = zoo.Recipe(str(place / "base"), (zoo.FineTune("small", kind="nf4"),))

@@ -14,6 +14,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -152,10 +153,14 @@ def build(
     Raises:
         DataError: a source is missing, or an entry there is damaged.
     """
+    wanted = _with_parents(recipe, only)
+    if any(e.kind == "nf4" for e in recipe.fine_tunes if e.name in wanted) and not find_spec("bitsandbytes"):
+        raise DataError(
+            "an nf4 entry needs bitsandbytes; run: pip install 'safegene[bench]', or choose others by --only."
+        )
     loaded = models.load(recipe.base, dtype="bfloat16")
     base_digest = models.weights_digest(loaded.model)
     del loaded
-    wanted = _with_parents(recipe, only)
     found: dict[str, Built] = {}
     for entry in recipe.fine_tunes:
         if entry.name not in wanted:
@@ -268,15 +273,9 @@ def _average(model: Any, others: Sequence[Any]) -> None:
 
 @torch.no_grad()
 def _round_to_nf4(model: Any) -> None:
-    """Round the decoder layers' matrices to NF4 and back, in place (Dettmers et al. 2023).
+    """Round the decoder layers' matrices to NF4 and back, in place (Dettmers et al. 2023)."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    Raises:
-        DataError: bitsandbytes is missing.
-    """
-    try:
-        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-    except ImportError as error:
-        raise DataError("an nf4 entry needs bitsandbytes; run: pip install 'safegene[bench]'") from error
     for layer in models.decoder_layers(model):
         for module in layer.modules():
             if isinstance(module, torch.nn.Linear):
