@@ -18,7 +18,7 @@ from safegene.gate import open_hard
 from safegene.training.arguments import TrainingArguments
 from safegene.training.shadows import BASE, variant
 
-STRENGTH_RANGE = (0.7, 2.0)
+STRENGTH_RANGE = (0.7, 2.2)
 """α in training: calibration raises it on fine-tunes that pull harder (see `safegene.calibration`)."""
 
 HARMLESS_WEIGHT = 1.2
