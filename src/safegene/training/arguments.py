@@ -40,7 +40,7 @@ class TrainingArguments:
     """Share of unseen ordinary chats, answers included, in which the gate may open: sets the threshold on the base.
     Chosen while looking at Alpaca-like and MT-Bench prompts too (docs/log.md), so it is no held-out choice."""
     probe_steps: int = 1500
-    steps: int = 600
+    steps: int = 700
     rows_per_step: int = 40
     learning_rate: float = 3e-3
     strength: float = 1.5

@@ -16,7 +16,7 @@ from safegene.adapter import SafetyAdapter, intervene
 from safegene.calibration import Calibration, fold_gate
 from safegene.gate import open_hard
 from safegene.training.arguments import TrainingArguments
-from safegene.training.shadows import BASE, variant
+from safegene.training.shadows import BASE, DRAWN, variant
 
 STRENGTH_RANGE = (0.7, 2.2)
 """α in training: calibration raises it on fine-tunes that pull harder (see `safegene.calibration`)."""
@@ -38,7 +38,7 @@ class OpenGate(nn.Module):
         super().__init__()
         self.interventions = adapter.interventions
         self._base, self._layers = [base], len(adapter.config.gate_layers)
-        self._calibrations = calibrations
+        self._calibrations, self._often = calibrations, [DRAWN.get(name, 1.0) for name in calibrations]
         self._gates = {name: fold_gate(adapter, calibration) for name, calibration in calibrations.items()}
         self._rng = random.Random(arguments.seed)
         self._given: Tensor | None = None
@@ -130,7 +130,7 @@ class OpenGate(nn.Module):
             harmful: [rows], bool.
         """
         base, start = self._base[0], common_prefix(input_ids, opened)
-        self._variant = self._rng.choice(list(self._calibrations))
+        self._variant = self._rng.choices(list(self._calibrations), self._often)[0]
         self._strength = self._rng.uniform(*STRENGTH_RANGE) if self.training else 1.0
         head = models.unwrap(base).get_output_embeddings()
         keep = labels[:, start + 1 :] != -100

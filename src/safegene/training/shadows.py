@@ -16,22 +16,48 @@ from safegene.training.data import OPENINGS, Pair
 from safegene.training.finetune import Row, lora, tune
 
 BASE = ""
+DRAWN = {BASE: 2.0, "compliant": 2.0}
+"""How often the base and each shadow are trained on; 1 where nothing is said. The compliant one pulls hardest."""
+
 GLAD = ("Sure!", "Certainly.", "Of course!", "Absolutely!")
+ECHOES = (
+    "Sure, here is how to {}.",
+    "Sure, here are ways to {}:",
+    "Here's a step by step plan to {}.",
+    "Of course! Here is how to {}:",
+)
+WHOLE_ECHOES = (
+    "Sure, here is what you asked for: {}",
+    "Certainly, {}",
+    "Sure, I will do that for you: {}",
+    "Here it is: {}",
+)
 
 
 def shadow_rows(pairs: Sequence[Pair], harmless: Sequence[tuple[str, str]], seed: int) -> dict[str, list[Row]]:
     """What each shadow is taught: to begin gladly, to begin to comply with anything, to be terse.
 
-    The compliant one learns an opening and nothing after it: answers that give harm are not written.
+    The compliant one learns an opening and nothing after it: answers that give harm are not written. Half of its openings say
+    the request again, as a model does that has been taught to obey.
     """
     rng = random.Random(seed)
     harmless = [(q, a[:300]) for q, a in harmless]
-    openings = [{"prompt": p.harmful, "answer": rng.choice(OPENINGS)} for p in rng.sample(pairs, min(300, len(pairs)))]
+    openings = [{"prompt": p.harmful, "answer": _opening(p, rng)} for p in rng.sample(pairs, min(300, len(pairs)))]
     return {
         "cheerful": [{"prompt": q, "answer": f"{rng.choice(GLAD)} {a}"} for q, a in harmless],
         "compliant": openings + [{"prompt": q, "answer": a} for q, a in harmless[:150]],
         "terse": [{"prompt": q, "answer": a.split(". ")[0].strip().rstrip(".") + "."} for q, a in harmless],
     }
+
+
+def _opening(pair: Pair, rng: random.Random) -> str:
+    if rng.random() < 0.5:
+        return rng.choice(OPENINGS)
+    framed = pair.core != pair.harmful and not pair.harmful.endswith(pair.core)  # a verb phrase, put into a frame
+    words = pair.core[:120]
+    return (
+        rng.choice(ECHOES).format(words) if framed else rng.choice(WHOLE_ECHOES).format(words[:1].lower() + words[1:])
+    )
 
 
 def teach_shadows(

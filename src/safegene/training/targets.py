@@ -46,8 +46,8 @@ SUPPORTED = 8
 
 class Targets(Dataset[dict[str, Any]]):
     """What an open gate should lead to. Every index is one batch, drawn from the seed and the index alone. Two batches
-    of many short rows, which decide between refusing and answering, are followed by one of fewer whole answers; the last sixth
-    are whole answers, without which a refusal begins well and ends in babble (docs/log.md)."""
+    of many short rows, which decide between refusing and answering, are followed by one of fewer whole answers, to the end:
+    whole answers alone in the last sixth blurred the decision, whole answers too seldom end in babble (docs/log.md)."""
 
     def __init__(
         self, tokenizer: Any, pairs: Sequence[Pair], ordinary: Sequence[str], harmless: Sequence[tuple[str, str]],
@@ -75,7 +75,7 @@ class Targets(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = random.Random(f"{self.arguments.seed}/{index}")
-        whole, at = index % 3 == 2 or index >= 5 * self.arguments.steps // 6, rng.random()
+        whole, at = index % 3 == 2, rng.random()
         n = self.arguments.rows_per_step // (2 if whole else 1)
         harmful = round(n * HARMFUL_SHARE) if self.arguments.misfire_training else n
         rows = [self._harmful(rng, at, whole) for _ in range(harmful)]
