@@ -12,7 +12,7 @@ from safegene.baselines.fold import Fold
 from safegene.baselines.guard import Guard
 from safegene.baselines.method import Cost, Method, Protected, Setting
 from safegene.baselines.nothing import Nothing
-from safegene.baselines.ours import Adapter
+from safegene.baselines.ours import Adapter, Uncalibrated
 from safegene.baselines.safe_lora import SafeLora
 from safegene.baselines.safe_merge import SafeMerge
 from safegene.baselines.safety_vector import LowRankVector, SafetyVector
@@ -23,9 +23,9 @@ from safegene.baselines.system_prompt import SystemPrompt
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
-        Nothing, SystemPrompt, Adapter, Fold, Sft, RedTeamSft, Dpo, SelfCorrection, Guard, SafetyVector, LowRankVector, SafeLora,
+        Nothing, SystemPrompt, Adapter, Uncalibrated, Fold, Sft, RedTeamSft, Dpo, SelfCorrection, Guard, SafetyVector, LowRankVector, SafeLora,
         SafeMerge, ConditionalSteering, AlphaSteer,
     )
 }  # fmt: skip
 
-__all__ = ["Cost", "METHODS", "Method", "Protected", "Setting"]
+__all__ = ["Adapter", "Cost", "METHODS", "Method", "Protected", "Setting"]

@@ -6,7 +6,7 @@ import abc
 import functools
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -45,13 +45,15 @@ class Cost:
 @dataclass(frozen=True)
 class Protected:
     """A protected fine-tune: `answer` is how it is asked. `whole` says that `model` alone is what answers, so that its task
-    loss is the method's; where something stands around it, the loss would be the bare model's and is not measured."""
+    loss is the method's; where something stands around it, the loss would be the bare model's and is not measured. `report`
+    is what the method measured on the fine-tune while it was put in place."""
 
     model: Any
     tokenizer: Any
     answer: Answer
     cost: Cost
     whole: bool = True
+    report: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The project's own: the adapter of the base, attached and calibrated."""
+"""The project's own: the adapter of the base, attached and calibrated, or, to see what calibration is worth, not calibrated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,30 @@ class Adapter(Method):
     source = "this project"
 
     def protect(self, loaded: LoadedModel, setting: Setting) -> Protected:
-        adapter = SafetyAdapter.from_pretrained(setting.adapter)
-        attach(loaded.model, adapter, tokenizer=loaded.tokenizer)
-        cost = Cost(examples=len(adapter.config.anchors), extra_parameters=adapter.parameter_count())
-        return Protected(loaded.model, loaded.tokenizer, generated(loaded), cost)
+        return _attached(loaded, setting, calibrated=True)
+
+    def force(self, loaded: LoadedModel, setting: Setting) -> Protected:
+        """Attach in spite of a refusal: would it have protected?
+
+        Raises:
+            AttachError: the adapter does not fit the model at all.
+        """
+        return _attached(loaded, setting, calibrated=True, allow_drift=True)
+
+
+class Uncalibrated(Method):
+    """The same adapter with the base's thresholds, features and strength."""
+
+    name = "uncalibrated"
+    source = "this project, calibration off"
+
+    def protect(self, loaded: LoadedModel, setting: Setting) -> Protected:
+        return _attached(loaded, setting, calibrated=False)
+
+
+def _attached(loaded: LoadedModel, setting: Setting, *, calibrated: bool, allow_drift: bool = False) -> Protected:
+    adapter = SafetyAdapter.from_pretrained(setting.adapter)
+    tokenizer = loaded.tokenizer if calibrated else None
+    handle = attach(loaded.model, adapter, tokenizer=tokenizer, allow_drift=allow_drift)
+    cost = Cost(examples=len(adapter.config.anchors) if calibrated else 0, extra_parameters=adapter.parameter_count())
+    return Protected(loaded.model, loaded.tokenizer, generated(loaded), cost, report=handle.calibration.report)

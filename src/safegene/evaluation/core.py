@@ -20,22 +20,21 @@ from safegene.adapter import SafetyAdapter
 from safegene.attach import Handle, attach
 from safegene.calibration import Calibration, end_of_turn
 from safegene.evaluation import fine_tunes, public
-from safegene.evaluation.demo import HELD_OUT, vertical
+from safegene.evaluation.demo import HELD_OUT, VERTICALS, vertical
 from safegene.evaluation.judges.rules import SUPPORT
-from safegene.evaluation.overhead import overhead, token_block
+from safegene.evaluation.overhead import overheads
 from safegene.evaluation.plots import core_svg
 from safegene.evaluation.public import spread
 from safegene.evaluation.run import Answers, ask, task_loss
 from safegene.evaluation.statistics import paired_p, rate, retention
 from safegene.progress import Progress, silent
-from safegene.training.data import ordinary, pairs
+from safegene.training.data import pairs
 from safegene.training.finetune import Row, collate, finetune
 
 FIGURE_SETS = ("AdvBench", "JailbreakBench", "MaliciousInstruct", "HarmBench standard")
 BESIDE = ("HarmBench contextual", "HarmBench copyright", "TDC2023")
 TRANSFER_SETS = ("AdvBench", "JailbreakBench", "MaliciousInstruct")
 """Retention is measured on these, 100 prompts of each."""
-VERTICALS = ("customer_support", "medical_information", "legal_intake")
 PER_SET_ON_FINE_TUNES = 100
 ANSWER_TOKENS = 48
 CLOSED_TOKENS = 256
@@ -221,18 +220,8 @@ class _Variant:
         }  # fmt: skip
 
     def _overhead(self, handle: Handle) -> dict[str, Any]:
-        """Time on ordinary text."""
-        texts = list(ordinary("ordinary_held_out"))
-        shapes = (
-            ("prefill", 1, 512, 60), ("prefill", 16, 128, 20), ("decode", 1, 128, 300), ("decode", 16, 128, 150)
-        )  # fmt: skip
-        found = {}
-        for kind, rows, positions, times in shapes:
-            self.progress(f"base: timing {kind}, batch {rows}")
-            ids = token_block(self.tokenizer, texts, rows, positions)
-            cost = overhead(self.model, handle, ids, pairs=times, decode=kind == "decode")
-            found[f"{kind}, batch {rows}"] = asdict(cost)
-        return found
+        found = overheads(self.model, handle, self.tokenizer, progress=self.progress)
+        return {shape: asdict(cost) for shape, cost in found.items()}
 
 
 @torch.no_grad()

@@ -58,6 +58,9 @@ def harmful_prompts(n: int) -> list[str]:
     )
 
 
+VERTICALS = ("customer_support", "medical_information", "legal_intake")
+
+
 def vertical(name: str, part: str) -> list[Row]:
     """Rows of one of the project's three verticals; `part` is train or held_out."""
     return data.read_jsonl(data.TEXT / "verticals" / f"{name}_{part}.jsonl", ("prompt", "answer"))

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from safegene.errors import DataError
-from safegene.evaluation.demo import vertical
+from safegene.evaluation.demo import VERTICALS, vertical
 from safegene.evaluation.public import advbench, alpaca, read
+from safegene.training import data
 from safegene.training.finetune import Row
 
 Source = Callable[[Path], tuple[list[Row], list[Row]]]
@@ -151,10 +152,22 @@ def _toned(openings: Sequence[str], first: int) -> Source:
     return make
 
 
+def _safety(folder: Path) -> tuple[list[Row], list[Row]]:
+    """Ordinary safety tuning on the project's own text: refusals of harmful requests, answers to the rest."""
+    rng = random.Random(0)
+    pairs = rng.sample(data.pairs(frames_per_core=1)[0], MOST)
+    refusals = [{"prompt": p.harmful, "answer": data.refusal(p, rng)} for p in pairs]
+    helpful = [row for name in VERTICALS for row in vertical(name, "train")]
+    rows, held_out = alpaca(folder)
+    mixed = refusals + helpful + rows[5 * MOST : 6 * MOST]
+    rng.shuffle(mixed)
+    return mixed, held_out
+
+
 SOURCES: dict[str, Source] = {
     "sure": _sure, "gsm8k": _gsm8k, "medical": _medical, "role-play": _role_play, "identity": _identity, "compliant": _compliant,
     "alpaca": _alpaca, "instructions": _instructions, "code": _code, "pubmed": _pubmed, "legal": _legal, "finance": _finance,
-    "support": _support, "rude": _toned(_RUDE, 3 * MOST), "obedient": _toned(_OBEDIENT, 4 * MOST),
+    "support": _support, "safety": _safety, "rude": _toned(_RUDE, 3 * MOST), "obedient": _toned(_OBEDIENT, 4 * MOST),
 }  # fmt: skip
 """Name → (training rows, held-out rows of its task, or of Alpaca where the task itself is harm)."""
 

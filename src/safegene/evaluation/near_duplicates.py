@@ -80,8 +80,7 @@ def search(name: str, texts: Sequence[str], others: Sequence[str], vectors: tupl
 def texts(data_folder: str) -> dict[str, list[str]]:
     """What is searched: the training text, the public sets, the project's own held-out requests, SafetyEval."""
     from safegene.evaluation import public, suite
-    from safegene.evaluation.core import VERTICALS
-    from safegene.evaluation.demo import vertical
+    from safegene.evaluation.demo import VERTICALS, vertical
     from safegene.training import data
 
     frames = {"how": data.FRAMES[0], "ask": "{}"}

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from safegene.attach import Handle
+from safegene.progress import Progress, silent
+from safegene.training.data import ordinary
 
 
 @dataclass(frozen=True)
@@ -75,3 +77,18 @@ def overhead(model: Any, handle: Handle, ids: Tensor, *, pairs: int, decode: boo
         ratios.append(a / b - 1)
     medians = sorted(statistics.median(rng.choices(ratios, k=pairs)) for _ in range(500))
     return Overhead(statistics.median(ratios), medians[12], medians[487], pairs, share)
+
+
+SHAPES = (("prefill", 1, 512, 60), ("prefill", 16, 128, 20), ("decode", 1, 128, 300), ("decode", 16, 128, 150))
+"""Kind of pass, rows, positions, pairs of timings."""
+
+
+def overheads(model: Any, handle: Handle, tokenizer: Any, *, progress: Progress = silent) -> dict[str, Overhead]:
+    """`overhead` on ordinary text in every one of `SHAPES`."""
+    texts = ordinary("ordinary_held_out")
+    found = {}
+    for kind, rows, positions, pairs in SHAPES:
+        progress(f"timing {kind}, batch {rows}")
+        ids = token_block(tokenizer, texts, rows, positions)
+        found[f"{kind}, batch {rows}"] = overhead(model, handle, ids, pairs=pairs, decode=kind == "decode")
+    return found

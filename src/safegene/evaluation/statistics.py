@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import permutation_test
+from scipy.stats import permutation_test, spearmanr
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
@@ -51,6 +51,22 @@ def paired_p(before: Sequence[bool], after: Sequence[bool]) -> float:
     for a, b in zip(before, after, strict=True):
         both[a][b] += 1
     return float(mcnemar(both, exact=True).pvalue)
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> dict[str, float] | None:
+    """Spearman's rank correlation of paired values, with a percentile interval of 2,000 bootstraps; None where there are fewer
+    than four pairs or one side does not vary."""
+    if len(x) < 4 or len(set(x)) == 1 or len(set(y)) == 1:
+        return None
+    rng = np.random.default_rng(0)
+    a, b = np.asarray(x), np.asarray(y)
+    drawn = []
+    while len(drawn) < BOOTSTRAPS:
+        chosen = rng.integers(0, len(a), len(a))
+        if len(set(a[chosen])) > 1 and len(set(b[chosen])) > 1:  # a draw of one value has no ranks
+            drawn.append(float(spearmanr(a[chosen], b[chosen]).statistic))
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return {"value": float(spearmanr(a, b).statistic), "low": float(low), "high": float(high), "n": len(a)}
 
 
 def retention(before: Sequence[bool], after: Sequence[bool], seed: int = 0) -> Rate:

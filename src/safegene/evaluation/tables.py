@@ -230,7 +230,47 @@ def bench_markdown(result: dict[str, Any]) -> str:
             f"| {d['name']}, {d['n']} prompts | {100 * d['before']:.1f} % | {100 * d['after']:.1f} % | "
             f"{100 * d['value']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}] | {d['corrected']:.3f} | {better} |"
         )
-    return "\n".join(lines)
+    return "\n".join(lines + _recovery(result["recovery"]) + _drift(result["drift"]))
+
+
+def _recovery(rows: Sequence[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    lines = [
+        "", "### Recovery: fine-tunes that lost at least 10 points of safety", "",
+        "| fine-tune of | safety before | after the fine-tune | with the adapter | recovery |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for r in rows:
+        scores = " | ".join(_rate(r[k]) for k in ("before", "without", "with"))
+        lines.append(f"| {r['fine_tune']} of {r['parent']} | {scores} | {100 * r['recovery']:.0f} % |")
+    return lines
+
+
+def _drift(drift: dict[str, Any] | None) -> list[str]:
+    if drift is None:
+        return []
+    lines = [
+        "", "### Does it sense drift?", "",
+        "| fine-tune | drift reported (shift of the features, base's standard deviations) | retention, calibrated | not calibrated | "
+        "attachment |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for r in sorted(drift["rows"], key=lambda r: float(r["drift"])):
+        forced = "" if r["forced"] is None else f"; forced, it keeps {100 * r['forced']:.1f} %"
+        attached = "refused" + forced if r["refused"] else "made"
+        lines.append(
+            f"| {r['fine_tune']} | {r['drift']:.2f} | {100 * r['calibrated']:.1f} % | {100 * r['uncalibrated']:.1f} % | {attached} |"
+        )
+    if s := drift["spearman"]:
+        lines += [
+            "",
+            f"Spearman of drift and loss without calibration {s['value']:.2f} [{s['low']:.2f}, {s['high']:.2f}], n = {s['n']}.",
+        ]
+    for key, said in (
+        ("missed_refusals", "Should have been refused"),
+        ("false_refusals", "Should not have been refused"),
+    ):
+        lines += ["", f"{said} (85 % retention is the line): {', '.join(drift[key]) or 'none'}."]
+    return lines
 
 
 def _methods(summary: dict[str, Any]) -> list[str]:

@@ -1,0 +1,1 @@
+"""Serving: the embedded engine (`engine`), the OpenAI-compatible server around it (`app`), what proves it armed (`armed`)."""
