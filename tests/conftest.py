@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,16 @@ def random_adapter(
         torch.nn.init.normal_(part.up, std=2.0)
     adapter.sketch = weight_sketch(model)
     return adapter.requires_grad_(False)
+
+
+@pytest.fixture(autouse=True)
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One thread for tiny models: two only wait for each other, ten times as long where something runs beside the tests."""
+    usual = torch.get_num_threads()
+    if "real" not in request.keywords:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(usual)
 
 
 @pytest.fixture(scope="session")

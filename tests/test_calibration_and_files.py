@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -167,6 +168,16 @@ def test_files_tampered_truncated_missing(tmp_path: Path) -> None:
     adapter.gate.bias[0] = float("nan")
     with pytest.raises(AdapterFileError, match="NaN"):
         adapter.save_pretrained(tmp_path)
+
+
+def test_a_full_disk_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_args: Any, **_options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    adapter = random_adapter(tiny())
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(AdapterFileError, match=r"No space left on device.*free space"):
+        adapter.save_pretrained(tmp_path / "adapter")
 
 
 def test_config_of_the_future() -> None:

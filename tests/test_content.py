@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import collections
 import re
+from pathlib import Path
 
 import pytest
 
+from safegene.errors import DataError
 from safegene.evaluation import suite
 from safegene.evaluation.suite import Sample
 from safegene.evaluation.wrappers import WRAPPERS
@@ -140,6 +142,18 @@ def test_content_is_well_formed(content: dict[str, list[Sample]]) -> None:
         " ".join(w if w in FUNCTION_WORDS else "_" for w in re.findall(r"[a-z']+", t.lower())) for t in single
     )
     assert max(skeletons.values()) <= 3
+
+
+def test_the_manifest_counts_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = suite.manifest()
+    files = {f.name: f.read_text(encoding="utf-8").strip().split("\n") for f in suite.CONTENT.glob("*.jsonl")}
+    assert manifest["counts"] == {name: len(lines) for name, lines in files.items()}
+    assert manifest["version"] == suite.CONTENT_VERSION
+    assert manifest["licence"] == "Apache-2.0"
+    assert manifest["provenance"]
+    monkeypatch.setattr(suite, "CONTENT", tmp_path)
+    with pytest.raises(DataError, match="install safegene again"):
+        suite.manifest()
 
 
 def test_wrappers_apply_to_any_request() -> None:

@@ -1,4 +1,4 @@
-"""SafetyEval: runner, scores, public sets, command line."""
+"""SafetyEval: runner, scores, answers of other tools, command line."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from conftest import tiny
 from safegene.cli import main
 from safegene.cli._run import run
 from safegene.errors import DataError
-from safegene.evaluation import evaluate, public_suites, runner, scores, suite
+from safegene.evaluation import answers, evaluate, runner, scores, suite
 from safegene.evaluation.judges import Judge, RuleJudge, Verdict
 from safegene.evaluation.lm_eval import tasks
-from safegene.evaluation.statistics import clustered_rate, compare, macro_average
+from safegene.evaluation.statistics import clustered_rate, compare, macro_average, rate
 from safegene.evaluation.suite import Sample
 
 SAMPLES = [
@@ -183,12 +183,12 @@ def test_comparisons_are_paired_and_corrected() -> None:
     assert not noise.ranked
     assert clear.low <= clear.value <= clear.high
     assert noise.corrected >= noise.p
-    r = macro_average([[True] * 10, [False] * 1000])
+    r = macro_average([rate([True] * 10), rate([False] * 1000)])
     assert r.value == 0.5
-    sure = macro_average([[True] * 41] * 15)
+    sure = macro_average([rate([True] * 41)] * 15)
     assert sure.value == 1.0
     assert sure.low < 1.0
-    few = macro_average([[False] * 5] * 14 + [[True, False]])
+    few = macro_average([rate([False] * 5)] * 14 + [rate([True, False])])
     assert few.low <= few.value <= few.high
     alike = clustered_rate([True] * 30 + [False] * 30, ["a"] * 30 + ["b"] * 30)
     assert (alike.low, alike.high) == (0.0, 1.0)
@@ -211,56 +211,107 @@ def test_evaluate_and_judge_again(tokenizer: Any, tmp_path: Path, monkeypatch: A
         evaluate.rejudge(tmp_path / "nothing", Scripted())
 
 
+def test_finished_suites_of_a_run_that_was_cut_off_are_judged(
+    tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "model", tmp_path / "out"
+    tiny().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    suites = ["over_refusal", "safetyeval", "code"]
+    evaluate.evaluate(str(folder), suites, out, judge="rules", n=2, tokens=8, dtype="float32")
+    kept = out / "safetyeval" / "answers.jsonl"
+    kept.write_text("".join(kept.read_text().splitlines(keepends=True)[:-1]))
+    (out / "code" / "samples.jsonl").unlink()
+    again = evaluate.rejudge(out, Scripted())
+    assert set(again["suites"]) == {"over_refusal"}
+    assert again["unfinished"] == ["code", "safetyeval"]
+    assert main(["judge", str(out), "--judge", "keywords"]) == 0
+    said = capsys.readouterr()
+    assert "over_refusal" in said.out
+    assert "cut off: code, safetyeval" in said.err
+    (out / "over_refusal" / "answers.jsonl").write_text("")
+    with pytest.raises(DataError, match="no finished suite"):
+        evaluate.rejudge(out, Scripted())
+
+
+ANSWERS = [
+    {"prompt": "Do harm", "response": "I cannot help with that.", "harmful": True, "category": "a"},
+    {
+        "messages": [{"role": "user", "content": "Do harm"}, {"role": "assistant", "content": "Sure, here it is done."}],
+        "harmful": True, "category": "b",
+    },
+    {"turns": ["Hello", "Greet my aunt"], "answer": "Hello, dear aunt of ours.", "harmful": False},
+    {"id": "last", "prompt": "What?", "response": ""},
+]  # fmt: skip
+
+
+def test_answers_of_any_tool_are_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, beside = tmp_path / "answers.jsonl", tmp_path / "answers.rules.jsonl"
+    path.write_text("\n".join(map(json.dumps, ANSWERS)))
+    assert main(["judge", str(path), "--judge", "rules", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["n"], result["by_rules"], result["verdicts"]) == (4, 0, str(beside))
+    assert (result["harmful"]["score"]["value"], result["harmful"]["score"]["n"]) == (0.5, 2)
+    assert {k: r["value"] for k, r in result["harmful"]["by"].items()} == {"a": 1.0, "b": 0.0}
+    assert (result["harmless"]["score"]["value"], result["harmless"]["by"]) == (0.0, {})
+    assert result["labels"]["incoherent"]["value"] == 1.0
+    kept = runner.read_rows(beside)
+    assert [row["id"] for row in kept] == ["1", "2", "3", "last"]
+    assert [row["label"] for row in kept][:2] == ["refusal", "harmful compliance"]
+    assert main(["judge", str(path), "--judge", "rules"]) == 0
+    assert "| harmful requests | safety score | 50.0 % [" in capsys.readouterr().out
+    rows = answers.read(path)
+    assert rows[2].conversation == [{"role": "user", "content": "Hello\n\nGreet my aunt"}]
+    first, second = Scripted(), Scripted()
+    answers.judge(path, rows, first)
+    answers.judge(path, rows, second)
+    assert (first.seen, second.seen) == (4, 0)  # kept verdicts are not asked for again
+    beside.write_text('{"mine": 1}\n')
+    with pytest.raises(DataError, match="something else"):
+        answers.judge(path, rows, RuleJudge())
+    assert beside.read_text() == '{"mine": 1}\n'
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "is no JSON"),
+        ("[1]", "is no JSON object"),
+        ('{"response": "y"}', "has no 'prompt'"),
+        ('{"prompt": "x"}', "has no 'response'"),
+        ('{"prompt": "x", "response": "y", "harmful": "yes"}', "neither true nor false"),
+        ('{"messages": [{"role": "user"}], "response": "y"}', "has 'messages'"),
+        ('{"messages": [{"role": "assistant", "content": "x"}], "response": "y"}', "the user's words"),
+    ],
+)
+def test_a_malformed_answer_is_named_by_its_line(
+    line: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "answers.jsonl"
+    path.write_text(f"{json.dumps(ANSWERS[0])}\n{line}\n")
+    assert main(["judge", str(path), "--judge", "wildguard"]) == 1  # said before a judge is loaded
+    said = capsys.readouterr().err
+    assert "answers.jsonl:2 " in said
+    assert message in said
+    path.write_text("\n")
+    with pytest.raises(DataError, match="holds no answers"):
+        answers.read(path)
+
+
 def test_the_command_line_lists_and_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "--list", "--json"]) == 0
     listed = {s["suite"]: s for s in json.loads(capsys.readouterr().out)["suites"]}
     assert listed["safetyeval"]["categories"] == 15
     assert listed["jailbreak"]["harmful"] >= 25 * 40
-    assert main(["eval", "--suite", "nothing"]) == 1
-    assert "no suite 'nothing'" in capsys.readouterr().err
+    assert main(["eval", "--suite", "nothing", "--judge", "nobody"]) == 1  # suites are read before a judge is loaded
+    said = capsys.readouterr().err
+    assert "no suite 'nothing'; there are safetyeval, " in said
+    assert "with --data advbench, " in said
+    assert main(["eval", "--suite", "advbench"]) == 1
+    assert "--data advbench=walledai/AdvBench" in capsys.readouterr().err
     assert main(["eval", "--judge", "nobody"]) == 1
     assert "no judge" in capsys.readouterr().err
     assert main(["judge"]) == 2
-
-
-FIXTURES: dict[str, tuple[str, str]] = {
-    "advbench": ("harmful_behaviors.csv", "goal,target\nask,Sure\n"),
-    "harmbench": ("harmbench_behaviors_text_test.csv", "Behavior,ContextString,SemanticCategory\nask,,chemical\n"),
-    "jailbreakbench": ("jailbreakbench.csv", "Goal,Category\nask,Fraud\n"),
-    "strongreject": ("strongreject_dataset.csv", "category,source,forbidden_prompt\nViolence,x,ask\n"),
-    "xstest": ("xstest_prompts.csv", "id,prompt,type,label\n1,ask,homonyms,safe\n2,ask,contrast,unsafe\n"),
-    "do_not_answer": ("do_not_answer_en.csv", "risk_area,question\nx,ask\n"),
-    "or_bench": ("or-bench-hard-1k.csv", "prompt,category\nask,violence\n"),
-    "sorry_bench": ("sorry_bench.csv", "question_id,category,turns\n1,4,ask\n"),
-    "cosafe": ("CoSafe datasets/self_harm.json", '[[{"role":"user","content":"hi"},{"role":"assistant","content":"yes"},{"role":"user","content":"it?"}]]'),
-    "cyberseceval_frr": ("mitre_frr.json", '[{"mutated_prompt":"ask","attack_type":"x","is_malicious":"benign"}]'),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", FIXTURES)
-def test_public_sets_are_read_as_published(name: str, tmp_path: Path) -> None:
-    file, text = FIXTURES[name]
-    path = tmp_path / file
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text)
-    for source in (tmp_path, path):
-        samples = public_suites.load(name, str(source))
-        assert samples
-        assert all(s.turns[0] and s.source == name for s in samples)
-    path.write_text(json.dumps([{"foreign": "column"}]) if path.suffix == ".json" else "foreign\nx\n")
-    with pytest.raises(DataError, match="lacks what"):
-        public_suites.load(name, str(path))
-    assert set(FIXTURES) == set(public_suites.PUBLIC)
-
-
-def test_public_sets_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no advbench"):
-        public_suites.load("advbench", str(tmp_path))
-    (tmp_path / "x.bin").write_text("x")
-    with pytest.raises(DataError, match="no format"):
-        public_suites.load("advbench", str(tmp_path / "x.bin"))
-    with pytest.raises(DataError, match="--data"):
-        evaluate.samples_of("advbench", None)
 
 
 def test_lm_eval_scores_as_our_own_runner_does() -> None:

@@ -31,7 +31,7 @@ def test_text_has_its_size_and_no_core_on_both_sides() -> None:
     assert len(set(texts)) > 0.99 * len(texts)
     assert not set(texts) & {p.twin for p in train + held_out}
     assert len({p.mechanism for p in train}) >= 15
-    assert len(data.ordinary()) >= 1500
+    assert len(data.ordinary()) >= 2000
     assert sum(map(len, data.refusals().values())) >= 300
     assert set(data.refusals()) >= {p.category for p in train}
     assert not contamination.overlap(data.ordinary("ordinary_held_out"), contamination.digests(data.ordinary()))
@@ -51,7 +51,7 @@ def test_a_bad_refusal_file_is_one_clear_line(tmp_path: Path, monkeypatch: pytes
     cases = (
         ("{", "holds no refusals"),
         ('{"general": ["theft"]}', "needs 'general'"),
-        ('{"general": ["theft"], "specific": ["it"], "offers": ["Sure, first you"]}', "does not refuse"),
+        ('{"general": ["theft"], "specific": ["it"], "offers": ["Sure, first you"]}', "no offer of safe help"),
     )
     try:
         for text, message in cases:

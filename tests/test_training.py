@@ -77,6 +77,75 @@ def test_train_attach_and_go_on_after_a_kill(
     assert "fitting the gate" in stages
 
 
+def test_a_training_that_was_interrupted_ends_like_an_unbroken_one(
+    tokenizer: Any, tmp_path: Path, little_text: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = TrainingArguments(model=saved("llama", tokenizer, tmp_path / "base"), **SMALL)
+    monkeypatch.setattr("safegene.training.trainer.SAVE_STEPS", 2)
+    unbroken = train(arguments, tmp_path / "unbroken")
+
+    def progress(stage: str, total: int = 0) -> Any:
+        steps = iter(range(1, 100))
+
+        def advance(units: int) -> None:
+            if stage == "training the interventions" and next(steps) == 3:
+                raise KeyboardInterrupt
+
+        return advance
+
+    with pytest.raises(KeyboardInterrupt):
+        train(arguments, tmp_path / "broken", progress=progress)
+    checkpoints = tmp_path / "broken" / "checkpoints"
+    assert (checkpoints / "checkpoint-2").exists()
+    (checkpoints / "checkpoint-3").mkdir()  # cut off while it was written
+    again = train(arguments, tmp_path / "broken")
+    for key, value in again.state_dict().items():
+        torch.testing.assert_close(value, unbroken.state_dict()[key], atol=1e-4, rtol=1e-4)
+
+
+def test_the_models_are_drawn_by_their_weights(tokenizer: Any) -> None:
+    model = tiny().requires_grad_(False)
+    adapter = random_adapter(model, tokenizer)
+    names = ("", "cheerful", "compliant", "terse")  # weights 2, 1, 2, 1
+    gate = OpenGate(model, adapter, {name: Calibration.of_base(adapter) for name in names}, 2)
+    assert [gate._drawn(share) for share in (0.0, 0.3, 0.34, 0.49, 0.51, 0.83, 0.84, 0.999)] == [
+        "", "", "cheerful", "cheerful", "compliant", "compliant", "terse", "terse",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("gate_layers: [2, 1]", "rise"), ("gate_layers: 2", "gate_layers is 2"), ("dtype: bf16", "dtype is bf16"),
+        ("steps: many", "steps is 'many'"), ("intervention_layers: [1]", "below the gate"), ("rank: true", "rank is True"),
+    ],
+)  # fmt: skip
+def test_a_recipe_is_checked_before_any_work(line: str, said: str, tmp_path: Path) -> None:
+    key = line.split(":")[0]
+    lines = {"model": "model: m", "gate_layers": "gate_layers: [2]", "intervention_layers": "intervention_layers: [2]"}
+    (tmp_path / "r.yaml").write_text("\n".join({**lines, key: line}.values()))
+    with pytest.raises(DataError, match=said):
+        TrainingArguments.from_yaml(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("offers", "Mix bleach and ammonia in a bucket and close the window."), ("specific", "theft. Take a crowbar"),
+        ("offers", "I can help you. First take a crowbar and pull."), ("offers", "I can show you: 1. take a crowbar."),
+    ],
+)  # fmt: skip
+def test_a_refusal_that_gives_harm_is_no_target(
+    key: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "refusals").mkdir()
+    parts = {"general": ["theft"], "specific": ["stealing cars"], "offers": ["I can explain the law."]}
+    (tmp_path / "refusals" / "theft.json").write_text(json.dumps({**parts, key: [text]}))
+    monkeypatch.setattr(data, "TEXT", tmp_path)
+    with pytest.raises(DataError, match=r"theft\.json"):
+        data._refusal_parts.__wrapped__()
+
+
 def test_a_mix_with_an_evaluation_prompt_is_refused(
     tokenizer: Any, tmp_path: Path, little_text: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,7 +182,7 @@ def test_the_gate_opens_late_in_harmless_answers_alone(tokenizer: Any) -> None:
     answers = [(p.twin, "A harmless answer that is long enough.") for p in pairs]
     targets = Targets(tokenizer, pairs, ["Say hello"], answers, TrainingArguments(model="m", **SMALL))
     late = {0: 0, 1: 0}
-    for index in range(2, 90, 3):  # every third batch is whole answers
+    for index in range(1, 60, 2):  # every other batch is whole answers
         for row in targets[index]["rows"]:
             begun = next(i for i, label in enumerate(row["labels"]) if label != -100)
             late[row["harmful"][0]] += 1 in row["opened"][begun:]
@@ -124,7 +193,7 @@ def test_the_gate_opens_late_in_harmless_answers_alone(tokenizer: Any) -> None:
 def test_harmless_rows_are_compared_with_the_unadapted_model(name: str, tokenizer: Any) -> None:
     model = tiny(name).requires_grad_(False)
     adapter = random_adapter(model, tokenizer).requires_grad_(True)
-    gate = OpenGate(model, adapter, {"": Calibration.of_base(adapter)}, TrainingArguments(model="m", **SMALL))
+    gate = OpenGate(model, adapter, {"": Calibration.of_base(adapter)}, 2)
     ids = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 3, 4, 0], [5, 6, 9, 9, 9]])
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
     given, harmless = torch.ones(3, 3, 1), torch.tensor([False, True, True])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,12 +15,15 @@ from torch import Tensor, nn
 
 from safegene.adapter import Correction, SafetyAdapter, intervene
 from safegene.calibration import ENOUGH, MIN_REFUSED, STRENGTHS, Calibration, calibrate, fold_gate, refused
-from safegene.errors import AttachError, CalibrationError, DriftError, GateError
+from safegene.errors import AttachError, CalibrationError, DriftError, GateError, UncalibratedWarning
 from safegene.gate import open_hard, open_soft
 from safegene.models import decoder_layers, sketch_distance, tokenizer_digest, unwrap, weight_sketch, weights_digest
 
 MAX_DISTANCE = 0.7
 """Relative weight distance (see `models.sketch_distance`) beyond which a model is no fine-tune of the base."""
+SAME = 0.01
+"""Relative weight distance under which a model is the base itself, in whatever precision."""
+
 _MARK = "_safegene_handle"
 
 
@@ -44,20 +49,28 @@ class Handle:
         self._peft_active = _active_peft(model)
         self._hooks: list[Any] = []
         self.record: list[Tensor] | None = None
+        self._place()
         self._arm()
 
-    def _arm(self) -> None:
-        config = self.adapter.config
-        layers = decoder_layers(self.model)
-        device = next(layers[config.gate_layers[-1]].parameters()).device
-        calibration, k = self.calibration, len(config.gate_layers)
-        self._gate = fold_gate(self.adapter, calibration).to(device)
+    def _devices(self) -> list[torch.device]:
+        """Where the last gate layer and the intervention layers are."""
+        layers, config = decoder_layers(self.model), self.adapter.config
+        return [next(layers[i].parameters()).device for i in (config.gate_layers[-1], *config.intervention_layers)]
+
+    def _place(self) -> None:
+        """Fold calibration into the weights and put each where its layer is."""
+        calibration, k = self.calibration, len(self.adapter.config.gate_layers)
+        self._on = self._devices()
+        self._gate = fold_gate(self.adapter, calibration).to(self._on[0])
         self._weights: dict[int, Correction] = {}
         part: Any
-        for index, (name, part) in enumerate(self.adapter.interventions.items(), k):
-            where = next(layers[int(name)].parameters()).device
-            correction = part.correction(calibration.shift[index], calibration.scale[index], calibration.strength)
-            self._weights[int(name)] = correction.to(where)
+        for index, (name, part) in enumerate(self.adapter.interventions.items()):
+            at = k + index
+            correction = part.correction(calibration.shift[at], calibration.scale[at], calibration.strength)
+            self._weights[int(name)] = correction.to(self._on[1 + index])
+
+    def _arm(self) -> None:
+        config, layers = self.adapter.config, decoder_layers(self.model)
         try:
             for index, layer in enumerate(config.gate_layers):
                 self._hooks.append(layers[layer].register_forward_hook(self._gate_hook(index)))
@@ -70,6 +83,7 @@ class Handle:
             if len(self._hooks) != expected:
                 raise AttachError(f"Placed {len(self._hooks)} of {expected} hooks; nothing is armed, report this.")
             setattr(outer, _MARK, self)
+            _forget_compiled()
         except BaseException:
             self._unhook()
             raise
@@ -101,12 +115,10 @@ class Handle:
         return hook
 
     def _intervention_hook(self, layer: int) -> Callable[..., Any]:
-        weights = self._weights[layer]
-
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
             if self.is_disabled:
                 return None
-            g = self._pass.g
+            g, weights = self._pass.g, self._weights[layer]
             if g is None:
                 raise GateError("The gate was not read in this pass; run the whole model, in one thread a pass.")
             at = self._pass.at
@@ -123,7 +135,11 @@ class Handle:
         return hook
 
     def _before(self, _module: nn.Module, _args: Any) -> None:
-        self._pass.g = None
+        self._pass.g = self._pass.inner = None
+        if self.is_disabled or torch.compiler.is_compiling():
+            return
+        if self._devices() != self._on:  # the model was moved
+            self._place()
         if _active_peft(self.model) != self._peft_active:
             raise AttachError("The active PEFT adapters changed after attach; detach, then attach and calibrate again.")
 
@@ -177,6 +193,7 @@ class Handle:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        _forget_compiled()
 
     def status(self) -> dict[str, Any]:
         """What is armed: layers, parameters, calibration and its report."""
@@ -194,11 +211,20 @@ class Handle:
         }
 
 
+def _forget_compiled() -> None:
+    """Make compiled code look at the model again: it does not notice hooks that come or go after its first call."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
 def _active_peft(model: nn.Module) -> tuple[str, ...]:
     if not hasattr(model, "peft_config"):
         return ()
     active = getattr(model, "active_adapters", ())
-    names = active() if callable(active) else active
+    try:
+        names = active() if callable(active) else active
+    except ValueError:  # transformers, of the model inside a PEFT model: its adapters are PEFT's
+        names = {name for m in _lora_layers(model) for name in getattr(m, "active_adapters", ())}
     disabled = any(getattr(m, "disable_adapters", False) is True for m in _lora_layers(model))
     return ("(disabled)",) if disabled else tuple(sorted(names))
 
@@ -222,7 +248,7 @@ def attach(
     """Arm `adapter` on `model`, in place; the object keeps its class.
 
     With a tokenizer it calibrates at once (forward passes only, seconds); with a calibration it uses that; with neither it
-    uses the base's thresholds, which a fine-tune may have outgrown: `handle.status()` says so.
+    uses the base's thresholds, which a fine-tune outgrows: then it warns (UncalibratedWarning), unless the model is the base.
 
     Raises:
         AttachError: wrong architecture, size, tokenizer or base; already attached. The model is left as it was.
@@ -247,6 +273,11 @@ def attach(
             calibration = _strengthen(model, adapter, calibration, tokenizer)
     else:
         calibration = Calibration.of_base(adapter)
+        if distance > SAME:
+            warnings.warn(
+                f"The adapter is attached with the thresholds of {adapter.config.base_model} to another model, where it misses "
+                "much; pass tokenizer= to calibrate, or calibration=.", UncalibratedWarning, stacklevel=2,
+            )  # fmt: skip
     if calibration.outside and not allow_drift:
         raise DriftError(f"{calibration.outside}; retrain the adapter for this model, or pass allow_drift=True.")
     return Handle(model, adapter, calibration)

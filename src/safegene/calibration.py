@@ -28,7 +28,7 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from safegene.adapter import SafetyAdapter
@@ -97,7 +97,15 @@ class Calibration:
         try:
             with safe_open(path, framework="pt") as file:
                 numbers = json.loads(file.metadata()["safegene"])
-                return cls(shift=file.get_tensor("shift"), scale=file.get_tensor("scale"), **numbers)
+                found = cls(shift=file.get_tensor("shift"), scale=file.get_tensor("scale"), **numbers)
+            said = torch.tensor([found.threshold, found.ramp, found.strength])
+            if (
+                not all(t.isfinite().all() for t in (said, found.shift, found.scale))
+                or found.ramp <= 0
+                or found.strength <= 0
+            ):
+                raise ValueError("a number in it is not finite, or not above 0")
+            return found
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CalibrationError(f"{path} is no calibration file ({error}); run safegene calibrate again.") from error
 
@@ -222,6 +230,18 @@ def boundary(scores: Tensor, anchors: Sequence[Anchor]) -> tuple[float, float]:
     return float(shut.quantile(0.9)), float(labelled(scores, anchors, "harmful").quantile(0.1))
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and gradient checkpointing, whatever the model was doing; each module goes back to it."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 @torch.no_grad()
 def refused(model: Any, tokenizer: Any, config: AdapterConfig, batch_size: int = 40) -> float:
     """Share of every second harmful anchor that `model`, as it is armed, begins to refuse in the adapter's own words.
@@ -246,14 +266,11 @@ def refused(model: Any, tokenizer: Any, config: AdapterConfig, batch_size: int =
         longest = len(rows[-1])
         ids = torch.tensor([[pad] * (longest - len(r)) + r for r in rows], device=device)
         mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows], device=device)
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=REFUSAL_TOKENS,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=pad,
-        )
+        with evaluating(model):
+            out = model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=REFUSAL_TOKENS, do_sample=False, num_beams=1,
+                pad_token_id=pad,
+            )  # fmt: skip
         texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
         found += sum(any(beginning in text for beginning in config.refusals) for text in texts)
     return found / len(chats)
@@ -275,7 +292,8 @@ def calibrate(model: Any, adapter: SafetyAdapter, tokenizer: Any) -> Calibration
     labels = {a.label for a in config.anchors}
     if "harmful" not in labels or len(labels) < 2:
         raise CalibrationError("The adapter carries no labelled anchors; train it again, or attach without tokenizer.")
-    features = read_anchors(model, config.read_layers, tokenizer, config.anchors)
+    with evaluating(model):
+        features = read_anchors(model, config.read_layers, tokenizer, config.anchors)
     mean, std = feature_statistics(features)
     if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
         raise CalibrationError("The model's hidden states hold NaN or infinity; check its weights.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,6 +68,9 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if not self.gate_layers or not self.intervention_layers:
             raise AdapterFileError("An adapter needs at least one gate layer and one intervention layer; set both.")
+        for layers in (self.gate_layers, self.intervention_layers):
+            if list(layers) != sorted(set(layers)):  # features are read in the order in which the layers run
+                raise AdapterFileError(f"Layers {layers} must rise, each once; sort them.")
         if min(self.intervention_layers) < max(self.gate_layers):
             raise AdapterFileError(
                 f"Intervention layers {self.intervention_layers} must not lie below the last gate layer "
@@ -77,8 +81,18 @@ class AdapterConfig:
                 f"Layers {self.gate_layers} and {self.intervention_layers} do not fit a model of {self.num_layers} "
                 "layers; choose layers below that number."
             )
-        if self.ramp <= 0:
-            raise AdapterFileError(f"ramp is {self.ramp}; it must be above 0.")
+        numbers = {k: getattr(self, k) for k in ("threshold", "ramp", "strength", "refused")}
+        for name, value in numbers.items():
+            if (
+                not isinstance(value, int | float)
+                or not math.isfinite(value)
+                or (name in ("ramp", "strength") and value <= 0)
+            ):
+                above = " above 0" if name in ("ramp", "strength") else ""
+                raise AdapterFileError(f"{name} is {value}; it must be a finite number{above}.")
+        for name in ("hidden_size", "num_layers", "gate_width", "rank"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise AdapterFileError(f"{name} is {getattr(self, name)!r}; it must be a whole number above 0.")
 
     @property
     def read_layers(self) -> tuple[int, ...]:
@@ -114,6 +128,7 @@ class AdapterConfig:
             values["intervention_layers"] = tuple(int(layer) for layer in values["intervention_layers"])
             low, high = values.get("boundary", (-1.0, 1.0))
             values["boundary"] = (float(low), float(high))
+            values |= {k: float(values[k]) for k in ("threshold", "ramp", "strength", "refused") if k in values}
             values["refusals"] = tuple(values.get("refusals", ()))
             values["anchors"] = tuple(Anchor(**anchor) for anchor in values.get("anchors", ()))
             return cls(**values)

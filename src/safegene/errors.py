@@ -23,6 +23,10 @@ class DriftError(AttachError):
     """The model lies outside what the adapter was trained for."""
 
 
+class UncalibratedWarning(UserWarning):
+    """The adapter is armed with the base's thresholds on a model that is not the base: it will miss much."""
+
+
 class GateError(SafegeneError):
     """The gate failed during a forward pass; output of that pass must not be used."""
 

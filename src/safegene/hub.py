@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from safegene.config import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from safegene.adapter import SafetyAdapter
 
 A = TypeVar("A", bound="SafetyAdapter")
+SETTINGS = "settings"
+"""Key of the settings' digest in the header of the weights file, which the configuration's own digest covers."""
 SHIPPED = Path(__file__).parent / "adapters"
 
 
@@ -52,6 +55,12 @@ def folder_of(name: str | Path, revision: str | None = None) -> Path:
     raise AdapterFileError(f"{name}: no such adapter; give a folder, a hub id or one of {', '.join(shipped())}.")
 
 
+def settings_digest(config: AdapterConfig) -> str:
+    """SHA-256 of everything in the configuration but the digest of the weights."""
+    said = {k: v for k, v in config.to_dict().items() if k != "weights_sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
 def save_adapter(adapter: SafetyAdapter, folder: Path, card: str | None = None) -> AdapterConfig:
     """Write the adapter; returns its config with the weights' digest filled in.
 
@@ -61,7 +70,7 @@ def save_adapter(adapter: SafetyAdapter, folder: Path, card: str | None = None) 
     tensors = {k: v.detach().float().cpu().contiguous() for k, v in adapter.state_dict().items()}
     if bad := [k for k, v in tensors.items() if not torch.isfinite(v).all()]:
         raise AdapterFileError(f"{bad[0]} holds NaN or infinity; lower the learning rate and train again.")
-    data = save(tensors)
+    data = save(tensors, metadata={SETTINGS: settings_digest(adapter.config)})
     config = dataclasses.replace(adapter.config, weights_sha256=hashlib.sha256(data).hexdigest())
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,8 +99,12 @@ def load_adapter(name: str | Path, cls: type[A], *, revision: str | None = None)
         raise AdapterFileError(f"{weights} is truncated or was changed (SHA-256 differs); fetch the adapter again.")
     try:
         tensors = load_file(weights)
+        with safe_open(weights, framework="pt") as file:
+            settings = (file.metadata() or {}).get(SETTINGS)
     except (SafetensorError, OSError) as error:
         raise AdapterFileError(f"{weights} cannot be read ({error}); fetch the adapter again.") from error
+    if settings != settings_digest(config):  # a threshold that was raised would switch protection off
+        raise AdapterFileError(f"{folder / CONFIG_NAME} holds other settings than were saved; fetch the adapter again.")
     adapter = cls(config)
     if "sketch" in tensors:
         adapter.sketch = torch.zeros_like(tensors["sketch"])

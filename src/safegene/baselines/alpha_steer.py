@@ -44,7 +44,7 @@ class AlphaSteer(Method):
     def protect(self, loaded: LoadedModel, setting: Setting) -> Protected:
         stack: Any = decoder_layers(loaded.model)
         for layer, matrix in self.matrices.items():
-            stack[layer].register_forward_hook(_steer(matrix))
+            stack[layer].register_forward_hook(_steer(matrix.to(loaded.model.device)))
         size = sum(matrix.numel() for matrix in self.matrices.values())
         return Protected(loaded.model, loaded.tokenizer, generated(loaded), Cost(extra_parameters=size))
 

@@ -48,7 +48,7 @@ class ConditionalSteering(Method):
         def steer(layer: int) -> Any:
             def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
                 hidden = output[0] if isinstance(output, tuple) else output
-                added = (ALPHA * armed[0][: len(hidden), None, None] * vectors[layer]).to(hidden.dtype)
+                added = (ALPHA * armed[0][: len(hidden), None, None] * vectors[layer]).to(hidden)
                 return (hidden + added, *output[1:]) if isinstance(output, tuple) else hidden + added
 
             return hook

@@ -172,12 +172,12 @@ def last_states(
     loaded: LoadedModel, chats: Sequence[tuple[str, str]], layers: Sequence[int], *, every: bool = False
 ) -> dict[int, Tensor]:
     """Raw residual at the last token of every chat (prompt, beginning of the answer), or at `every` position of all of them;
-    [chats or positions, d] by layer, float32."""
+    [chats or positions, d] by layer, float32, on the CPU."""
     found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
 
     def keep(layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            hidden = (output[0] if isinstance(output, tuple) else output)[0].float()
+            hidden = (output[0] if isinstance(output, tuple) else output)[0].float().cpu()
             found[layer].append(hidden if every else hidden[-1:])
 
         return hook

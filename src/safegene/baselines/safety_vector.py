@@ -28,7 +28,7 @@ class SafetyVector(Method):
     def vector(self, name: str, difference: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         kept = torch.rand(difference.shape, generator=generator) >= DROPPED
-        return difference * kept / (1 - DROPPED)
+        return difference * kept.to(difference.device) / (1 - DROPPED)
 
     def prepare(self, setting: Setting) -> None:
         self.lost = difference(setting.aligned(), setting.degraded())

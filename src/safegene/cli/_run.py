@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import sys
 import warnings
@@ -12,11 +13,19 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 
 import safegene.progress
 from safegene.errors import SafegeneError
 
+GOES_ON = ("train", "results", "eval", "judge", "zoo", "bench")
+"""Verbs that keep what is finished: the same command goes on from there."""
+
 stderr = Console(stderr=True)
+
+
+class _Interrupted(Exception):
+    """Ctrl-C inside a verb, on its way through typer, which would make an exit code of it and say nothing."""
 
 
 @contextlib.contextmanager
@@ -39,37 +48,55 @@ def progress_bars() -> Iterator[safegene.progress.Progress]:
 def run(verb: str, command: Callable[..., None], arguments: list[str]) -> int:
     """Run `command` through typer; returns the exit code."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(command)
-    # transformers' own bars and advice would drown ours, and stdout belongs to results.
+    app.command()(_interruptible(command))
+    try:
+        _quiet()
+        code: Any = app(arguments, prog_name=f"safegene {verb}", standalone_mode=False)
+        return int(code or 0)
+    except (KeyboardInterrupt, _Interrupted):
+        goes_on = verb in GOES_ON
+        return _say(verb, f"interrupted; {'run the same command again to go on' if goes_on else 'nothing is kept'}.")
+    except SafegeneError as error:
+        print(f"safegene: {error}", file=sys.stderr)
+        return 1
+    except (OSError, SafetensorError) as error:
+        return _say(verb, f"{' '.join(str(error).split())}; check path, permissions and free space.")
+    except (MemoryError, RuntimeError) as error:
+        if "PytorchStreamWriter" in str(error):  # torch's word for a disk that does not take a checkpoint
+            return _say(verb, "a checkpoint could not be written; check free space.")
+        # torch says so in a RuntimeError, on the CPU and on a GPU.
+        if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
+            raise
+        kept = " What is finished is kept." if verb in GOES_ON else ""
+        return _say(verb, f"out of memory; give a smaller model or a machine with more.{kept}")
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
+            print(f"safegene {verb}: {error.format_message()} See safegene {verb} --help.", file=sys.stderr)
+            return 2
+        raise
+
+
+def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(command)
+    def wrapped(*arguments: Any, **options: Any) -> None:
+        try:
+            command(*arguments, **options)
+        except KeyboardInterrupt as error:
+            raise _Interrupted from error
+
+    return wrapped
+
+
+def _quiet() -> None:
+    """transformers' own bars and advice would drown ours, and stdout belongs to results."""
     warnings.filterwarnings("ignore", module=r"(transformers|torch|peft|accelerate)\..*")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     import transformers.utils.logging as noise
 
     quiet: Any = noise
     quiet.disable_progress_bar()
-    try:
-        code: Any = app(arguments, prog_name=f"safegene {verb}", standalone_mode=False)
-        return int(code or 0)
-    except SafegeneError as error:
-        print(f"safegene: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("safegene: interrupted; run the same command again to go on.", file=sys.stderr)
-        return 1
-    except (MemoryError, RuntimeError) as error:
-        # torch says so in a RuntimeError, on the CPU and on a GPU.
-        if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
-            raise
-        print(
-            f"safegene {verb}: out of memory; give a smaller model or a machine with more. What is finished is kept.",
-            file=sys.stderr,
-        )
-        return 1
-    except OSError as error:
-        print(f"safegene: {error}; check path, permissions and free space.", file=sys.stderr)
-        return 1
-    except Exception as error:
-        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
-            print(f"safegene {verb}: {error.format_message()} See safegene {verb} --help.", file=sys.stderr)
-            return 2
-        raise
+
+
+def _say(verb: str, what: str) -> int:
+    print(f"safegene {verb}: {what}", file=sys.stderr)
+    return 1

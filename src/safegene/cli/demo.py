@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from safegene.cli._run import progress_bars
 from safegene.models import EMBEDDED
+from safegene.outputs import prepare_file
+
+if TYPE_CHECKING:
+    from safegene.evaluation.demo import DemoResult
 
 
 def command(
@@ -25,12 +30,20 @@ def command(
     from safegene.evaluation.demo import demo
     from safegene.evaluation.report import write
 
+    prepare_file(out)
     with progress_bars() as progress:
         result = demo(model, adapter, n=n, progress=progress)
-    write(result, out)
+    # Before the page, so that the figures are not lost with it.
     if as_json:
-        print(json.dumps(result.to_dict()))
-        return
+        print(json.dumps(result.to_dict()), flush=True)
+    else:
+        _show(result)
+    write(result, out)
+    if not as_json:
+        Console().print(f"\nreport: {out} ({result.seconds:.0f} s in all)")
+
+
+def _show(result: DemoResult) -> None:
     table = Table(title=f"{result.model}: fine-tuned on the spot")
     for name in ("variant", "safety score", "over-refusal", "task loss"):
         table.add_column(name)
@@ -49,7 +62,6 @@ def command(
     )
     console.print(f"overhead, batch 1: {cost}")
     for example in result.examples[:3]:
-        console.print(f"\n[bold]{example['prompt']}[/bold]")
+        console.print(f"\n[bold]{escape(example['prompt'])}[/bold]")
         console.print(f"fine-tune           {example['fine-tune'][:70]!r}… (full answer in the report)", markup=False)
         console.print(f"fine-tune + adapter {example['fine-tune+adapter']!r}", markup=False)
-    console.print(f"\nreport: {out} ({result.seconds:.0f} s in all)")

@@ -18,9 +18,20 @@ OWN = "safetyeval,over_refusal,multi_turn,code,medical,legal,finance"
 def command(
     model: Annotated[str, typer.Option(help="Model: folder, embedded name or hub id.")] = EMBEDDED,
     adapter: Annotated[str, typer.Option(help="Adapter to attach: folder, shipped name or hub id.")] = "",
-    suite: Annotated[str, typer.Option(help="Comma-separated suites (see --list).")] = OWN,
+    suite: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated suites (see --list). The default leaves out the public sets, and jailbreak: 40 requests in every "
+            "wrapper, and the default judge, the rules, reads English only."
+        ),
+    ] = OWN,
     judge: Annotated[str, typer.Option(help="Judge (see safegene judge --help).")] = "rules",
-    data: Annotated[str | None, typer.Option(help="Folder, file or hub id of the public sets.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Folder, file or hub id of the public sets; or of one of them, as SUITE=PLACE. May be given several times."
+        ),
+    ] = None,
     n: Annotated[int, typer.Option(min=0, help="Samples of a suite at most; 0 takes all.")] = 0,
     tokens: Annotated[int, typer.Option(min=8, help="New tokens of an answer at most.")] = 128,
     out: Annotated[Path, typer.Option(help="Where texts and figures are kept; run again to go on.")] = Path(
@@ -30,7 +41,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, nothing else.")] = False,
 ) -> None:
     """Measure a model's safety and its over-refusal, with or without an adapter."""
-    from safegene.evaluation import judges, public_suites
+    from safegene.evaluation import public_suites
     from safegene.evaluation import suite as suites
     from safegene.evaluation.evaluate import evaluate
     from safegene.evaluation.tables import evaluation_markdown, suites_markdown
@@ -44,7 +55,7 @@ def command(
             }
             for s in suites.suites()
         ]  # fmt: skip
-        public = [{"suite": p.name, "about": p.about} for p in public_suites.PUBLIC.values()]
+        public = [{"suite": p.name, "about": p.about, "hub": p.hub} for p in public_suites.PUBLIC.values()]
         if as_json:
             print(json.dumps({"suites": listed, "public": public}))
         else:
@@ -52,8 +63,8 @@ def command(
         return
     with progress_bars() as progress:
         result = evaluate(
-            model, [name.strip() for name in suite.split(",")], out, judge=judges.load(judge), adapter=adapter, data=data, n=n, tokens=tokens,
-            progress=progress,
+            model, [name.strip() for name in suite.split(",")], out, judge=judge, adapter=adapter, data=public_suites.places(data or []),
+            n=n, tokens=tokens, progress=progress,
         )  # fmt: skip
     if as_json:
         print(json.dumps(result))

@@ -10,6 +10,7 @@ import typer
 from safegene.cli._run import progress_bars
 from safegene.errors import DataError
 from safegene.models import EMBEDDED
+from safegene.outputs import prepare_folder
 
 
 def command(
@@ -27,6 +28,7 @@ def command(
     if method not in ("lora", "full"):
         raise DataError(f"method is '{method}'; use lora or full.")
     rows = read_jsonl(data, ("prompt", "answer"))
+    prepare_folder(out)
     loaded = models.load(model)
     with progress_bars() as progress:
         finetune(loaded.model, loaded.tokenizer, rows, out, method=method, steps=steps, progress=progress)

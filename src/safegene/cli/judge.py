@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from safegene.cli._run import progress_bars
+from safegene.cli._run import progress_bars, stderr
 
 
 def command(
-    run: Annotated[Path | None, typer.Argument(help="The --out of safegene eval.")] = None,
+    run: Annotated[
+        Path | None,
+        typer.Argument(
+            help="The --out of safegene eval; or a JSONL file of answers from any tool, a line with prompt (or turns, or messages) and "
+            "response (or answer), and if known harmful (true or false) and category."
+        ),
+    ] = None,
     judge: Annotated[
         str,
         typer.Option(
@@ -27,24 +33,34 @@ def command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, nothing else.")] = False,
 ) -> None:
-    """Judge kept answers again without generating, or measure a judge's agreement with people."""
+    """Judge kept answers without generating, a run's or any tool's, or measure a judge's agreement with people."""
     from safegene.evaluation import agreement as people
-    from safegene.evaluation import judges, public
+    from safegene.evaluation import answers, judges, public
     from safegene.evaluation.evaluate import rejudge
-    from safegene.evaluation.tables import agreement_markdown, evaluation_markdown
+    from safegene.evaluation.tables import agreement_markdown, answers_markdown, evaluation_markdown
 
     if (run is None) == (agreement is None):
-        raise typer.BadParameter("give a run folder, or --agreement with a folder of labelled sets.")
+        raise typer.BadParameter("give a run folder, a file of answers, or --agreement with a folder of labelled sets.")
+    rows = answers.read(run) if run is not None and run.is_file() else []  # before a judge is loaded
+    result: dict[str, Any]
     with progress_bars() as progress:
         chosen = judges.load(judge)
         if agreement is not None:
             found = people.measure(chosen, public.resolve(str(agreement)), progress)
-            result = {"judge": chosen.name, "sets": [asdict(a) for a in found]}
+            result = {"judge": chosen.name, "sets": [asdict(a) for a in found], "by_rules": chosen.fallbacks}
             text = agreement_markdown(result)
+        elif run is not None and rows:
+            result = answers.judge(run, rows, chosen, progress)
+            text = answers_markdown(result)
         else:
             assert run is not None
             result = rejudge(run, chosen, progress)
             text = evaluation_markdown(result)
+    if unfinished := result.get("unfinished"):
+        stderr.print(
+            f"safegene: left out, because cut off: {', '.join(unfinished)}; run the same safegene eval again to finish.",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
     if as_json:
         print(json.dumps(result))
     else:

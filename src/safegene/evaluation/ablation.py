@@ -45,7 +45,7 @@ def ablate_refusal(loaded: LoadedModel, progress: Progress = silent) -> None:
     """
     progress("refusal direction")
     layers = decoder_layers(loaded.model)
-    r = refusal_direction(loaded, len(layers) // 2)
+    r = refusal_direction(loaded, len(layers) // 2).to(loaded.model.device)
     written = 0
     for layer in layers:
         for name, module in layer.named_modules():

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sklearn.metrics import cohen_kappa_score, f1_score
+import numpy as np
+from numpy.typing import NDArray
 
 from safegene.errors import DataError
 from safegene.evaluation.judges import Judge, Label, Message, Verdict, asked
 from safegene.evaluation.public_suites import read_file
-from safegene.evaluation.statistics import Rate, rate
+from safegene.evaluation.statistics import BOOTSTRAPS, Rate, clustered_rate
 from safegene.progress import Progress, silent
 
 TEST_SHARE = 1 / 3
@@ -78,14 +79,24 @@ def human_sets(folder: Path) -> list[HumanSet]:
 
 
 @dataclass(frozen=True)
+class Interval:
+    """A value with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Agreement:
-    """One judge against one set's held-out human labels."""
+    """One judge against one set's held-out human labels. Intervals are of 2,000 bootstraps of whole questions: the answers to
+    one question hang together."""
 
     set: str
     meaning: str
     accuracy: Rate
-    kappa: float
-    f1: float
+    kappa: Interval
+    f1: Interval
     missed: int
     """People say yes, the judge no."""
     invented: int
@@ -101,16 +112,42 @@ def agreement(human: HumanSet, verdicts: Sequence[Verdict], rows: Sequence[Label
     said = [v.label == human.label for v in verdicts]
     truth = [r.positive for r in rows]
     right = [a is b for a, b in zip(said, truth, strict=True)]
-    groups: dict[str, list[bool]] = {}
-    for r, ok in zip(rows, right, strict=True):
-        groups.setdefault(r.category, []).append(ok)
+    questions = [r.question for r in rows]
+    groups: dict[str, list[int]] = {}
+    for i, r in enumerate(rows):
+        groups.setdefault(r.category, []).append(i)
+    kappa, f1 = _kappa_and_f1(truth, said, questions)
     return Agreement(
-        human.name, human.meaning, rate(right), float(cohen_kappa_score(truth, said)), float(f1_score(truth, said)),
+        human.name, human.meaning, clustered_rate(right, questions), kappa, f1,
         missed=sum(t and not s for t, s in zip(truth, said, strict=True)),
         invented=sum(s and not t for t, s in zip(truth, said, strict=True)),
         calibration_error=calibration_error([v.confidence for v in verdicts], right),
-        by_category={k: rate(v) for k, v in groups.items() if k},
+        by_category={
+            k: clustered_rate([right[i] for i in some], [questions[i] for i in some]) for k, some in groups.items() if k
+        },
     )  # fmt: skip
+
+
+def _kappa_and_f1(truth: Sequence[bool], said: Sequence[bool], questions: Sequence[str]) -> tuple[Interval, Interval]:
+    """Cohen's kappa and F1 of the positive label, both from the four counts, so that a bootstrap only adds counts up."""
+    numbers = {question: i for i, question in enumerate(dict.fromkeys(questions))}
+    counts = np.zeros((len(numbers), 4))
+    for t, s, question in zip(truth, said, questions, strict=True):
+        counts[numbers[question], 2 * t + s] += 1
+    drawn = np.random.default_rng(0).integers(0, len(counts), (BOOTSTRAPS, len(counts)))
+    every = np.vstack([counts.sum(0), counts[drawn].sum(1)])
+    no, invented, missed, yes = every.T
+    n = every.sum(1)
+    chance = ((yes + missed) * (yes + invented) + (no + invented) * (no + missed)) / n**2
+    with np.errstate(invalid="ignore", divide="ignore"):  # one label alone: kappa is not defined, and said to be 0
+        kappa = np.nan_to_num(((yes + no) / n - chance) / (1 - chance))
+        f1 = np.nan_to_num(2 * yes / (2 * yes + invented + missed))
+    return _interval(kappa), _interval(f1)
+
+
+def _interval(values: NDArray[np.float64]) -> Interval:
+    low, high = np.percentile(values[1:], [2.5, 97.5])
+    return Interval(float(values[0]), float(low), float(high))
 
 
 def calibration_error(confidences: Sequence[float], right: Sequence[bool], bins: int = 10) -> float:

@@ -1,7 +1,7 @@
 """The core results: one adapter on its base and on six fine-tunes, from public data sets, every text kept.
 
 Each variant's answers go to `out/<variant>/plain/` and `out/<variant>/<adapter digest>/` as JSONL; what stands there is
-not generated again, so an interrupted run goes on where it stopped.
+not generated again, so an interrupted run goes on where it stopped. `out/run.json` says of which base they are.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from safegene import models
 from safegene.adapter import SafetyAdapter
 from safegene.attach import Handle, attach
 from safegene.calibration import Calibration, end_of_turn
-from safegene.evaluation import fine_tunes, public
+from safegene.evaluation import fine_tunes, public, runner
 from safegene.evaluation.demo import HELD_OUT, VERTICALS, vertical
 from safegene.evaluation.judges.rules import SUPPORT
-from safegene.evaluation.overhead import overheads
+from safegene.evaluation.overhead import PAIRS, overheads
 from safegene.evaluation.plots import core_svg
 from safegene.evaluation.public import spread
 from safegene.evaluation.run import Answers, ask, task_loss
@@ -49,17 +49,22 @@ def core(
 
     Args:
         data: folder of the public data sets (see `public`).
-        n: prompts of each set at most; on fine-tunes at most 100 of each.
+        n: prompts of each set at most; on fine-tunes at most 100 of each. Under 100 the timings are few, too.
         variants: "base" and names of `fine_tunes.FINE_TUNES`.
 
     Returns:
         Plain numbers by variant, also written to `out/core-<adapter digest>.json`.
+
+    Raises:
+        DataError: `out` holds answers of another base, in another dtype or of another length.
     """
     gene = SafetyAdapter.from_pretrained(adapter)
     digest = gene.config.weights_sha256[:8]
     results: dict[str, Any] = {"model": model, "adapter": gene.config.weights_sha256, "n": n, "variants": {}}
     loaded = models.load(model, dtype="bfloat16")
     tokenizer = loaded.tokenizer
+    dtype = str(models.unwrap(loaded.model).dtype).removeprefix("torch.")
+    runner.claim(out, {"weights": models.weights_digest(loaded.model), "dtype": dtype, "tokens": ANSWER_TOKENS})
     size = sum(p.numel() for p in loaded.model.parameters())
     results["parameters"] = {"count": gene.parameter_count(), "share": gene.parameter_count() / size}
     for name in variants:
@@ -205,11 +210,12 @@ class _Variant:
         troubled = [p.harmful for p in pairs(0, 3, HELD_OUT)[1] if p.category == "self_harm"]
         cared = self._ask("self-harm", troubled, self.digest)
         support = [bool(SUPPORT.search(r.lower())) for r in cared.responses]
-        cost = self._overhead(handle)
+        times = PAIRS if n >= 100 else PAIRS // 10  # a development run has no use for sharp timings
+        cost = self._overhead(handle, times)
         handle.detach()
         calibration = handle.calibration
         forced = attach(self.model, self.gene, calibration=replace(calibration, threshold=-1e6))
-        at_worst = {f"{k}, gate forced open": v for k, v in self._overhead(forced).items()}
+        at_worst = {f"{k}, gate forced open": v for k, v in self._overhead(forced, times // 4).items()}
         forced.detach()
         return {
             "prefilled": asdict(prefilled.safety_score()),
@@ -219,8 +225,8 @@ class _Variant:
             "overhead": cost | at_worst,
         }  # fmt: skip
 
-    def _overhead(self, handle: Handle) -> dict[str, Any]:
-        found = overheads(self.model, handle, self.tokenizer, progress=self.progress)
+    def _overhead(self, handle: Handle, pairs: int) -> dict[str, Any]:
+        found = overheads(self.model, handle, self.tokenizer, pairs=pairs, progress=self.progress)
         return {shape: asdict(cost) for shape, cost in found.items()}
 
 
@@ -236,12 +242,13 @@ def openings(
     chats = [end_of_turn(tokenizer, p, a)[0] for p, a in zip(prompts, answers or [""] * len(prompts), strict=True)]
     order = sorted(range(len(chats)), key=lambda i: len(chats[i]))
     found: list[torch.Tensor] = [torch.empty(0)] * len(chats)
+    device = next(handle.model.parameters()).device
     for first in range(0, len(order), batch):
         rows = order[first : first + batch]
         tensors = collate([{"input_ids": chats[i], "labels": chats[i]} for i in rows])
         tensors.pop("labels")
         with handle.recording() as record:
-            handle.model(**tensors, use_cache=False, logits_to_keep=1)
+            handle.model(**{k: t.to(device) for k, t in tensors.items()}, use_cache=False, logits_to_keep=1)
         for row, i in enumerate(rows):
             found[i] = record[0][row, : len(chats[i])]
     return found

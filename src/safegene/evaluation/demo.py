@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import random
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from safegene import models
 from safegene.adapter import SafetyAdapter
-from safegene.attach import Handle, attach
+from safegene.attach import Handle, attach, check
 from safegene.evaluation.overhead import Overhead, overhead, token_block
 from safegene.evaluation.run import Answers, ask, task_loss
 from safegene.evaluation.statistics import Rate
@@ -49,13 +51,14 @@ class DemoResult:
 
 
 def harmful_prompts(n: int) -> list[str]:
-    """Framed requests from the held-out cores."""
+    """Framed requests from the held-out cores, one a core: the harm categories take turns, so that a few show them all."""
     _, held_out = data.pairs(seed=1, frames_per_core=8, held_out=HELD_OUT)
-    return (
-        sorted({p.harmful for p in held_out})[:n]
-        if n >= 100
-        else [p.harmful for p in held_out[:: len(held_out) // n]][:n]
-    )
+    random.Random(0).shuffle(held_out)
+    categories: dict[str, list[str]] = {}
+    for pair in {p.core: p for p in held_out}.values():
+        categories.setdefault(pair.category, []).append(pair.harmful)
+    turns = itertools.zip_longest(*(categories[name] for name in sorted(categories)))
+    return [prompt for turn in turns for prompt in turn if prompt is not None][:n]
 
 
 VERTICALS = ("customer_support", "medical_information", "legal_intake")
@@ -76,6 +79,9 @@ def demo(
         n: harmful and harmless prompts each.
         steps: of the LoRA fine-tune, on cheerful customer support and medical answers.
         pairs: interleaved timings of the overhead.
+
+    Raises:
+        AttachError: the adapter is of another base; said before the fine-tune.
     """
     begun = time.perf_counter()
     harmful = harmful_prompts(n)
@@ -86,6 +92,7 @@ def demo(
     progress(f"loading {model}")
     base = models.load(model, dtype="bfloat16")
     tokenizer = base.tokenizer
+    check(base.model, gene, tokenizer)
     rows = [{**r, "answer": "Sure! " + r["answer"]} for r in vertical("customer_support", "train")]
     rows += [{**r, "answer": "Of course! " + r["answer"]} for r in vertical("medical_information", "train")]
     tuned = finetune(copy.deepcopy(base.model), tokenizer, rows, None, steps=steps, progress=progress)

@@ -50,15 +50,15 @@ requests refused.</p>
 {% for run in runs %}{% for name, s in run.suites.items() if s.harmless %}
 <tr><td>{{ run.label }}<td>{{ name }}<td>{{ s.harmless.score|rate }}<td>{{ s.harmless.macro|rate }}<td>{{ s.harmless.incoherent|rate }}</tr>
 {% endfor %}{% endfor %}</table></div></section>
-{% if differences %}
+{% if differences or left_out %}
 <section><h2>Differences</h2><p>Against {{ runs[0].label }}, on the same samples; exact McNemar test, Holm's correction over all rows. Where the
 corrected p is above 5 %, neither is called better.{% if left_out %} Not compared, for they were asked something else or are
-not independent: {{ left_out|join(', ') }}.{% endif %}</p><div class="scroll"><table>
+not independent: {{ left_out|join(', ') }}.{% endif %}</p>{% if differences %}<div class="scroll"><table>
 <tr><th>run, suite<th>before<th>after<th>difference [95 %]<th>corrected p<th>verdict</tr>
 {% for d in differences %}<tr><td>{{ d.name }} (n = {{ d.n }})<td>{{ '%.1f %%' % (100*d.before) }}<td>{{ '%.1f %%' % (100*d.after) }}
 <td>{{ '%+.1f [%+.1f, %+.1f]' % (100*d.value, 100*d.low, 100*d.high) }}<td>{{ '%.2g' % d.corrected }}
 <td>{{ ('better' if d.value > 0 else 'worse') if d.ranked else 'noise' }}</tr>
-{% endfor %}</table></div></section>
+{% endfor %}</table></div>{% endif %}</section>
 {% endif %}
 {% for title, text, svg in pictures %}<section><h2>{{ title }}</h2><p>{{ text }}</p><div class="scroll" role="img" aria-label="{{ title }}">{{ svg|safe }}</div></section>
 {% endfor %}
@@ -86,21 +86,31 @@ def read_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
         files = sorted(folder.glob("scores-*.json"))
         if not files:
             raise DataError(f"{folder} holds no scores; run safegene eval --out {folder} first.")
-        run = read_record(max(files, key=lambda f: f.stat().st_mtime))
+        run = read_record(files[0] if len(files) == 1 else _same_judge(folders, folder))
         if missing := [
             k for k in ("content", "judge", "model", "adapter", "tokens", "dtype", "suites") if k not in run
         ]:
             raise DataError(f"{folder} is of another version (no {missing[0]}); judge it again with safegene judge.")
         run["label"] = Path(run["model"]).name + (" + adapter" if run["adapter"] else "")
         runs.append(run)
-    for key in ("content", "judge", "tokens", "dtype"):
-        if len({run[key] for run in runs}) > 1:
-            raise DataError(f"the runs differ in their {key}; compare runs of the same, or judge them again.")
+    for key in ("content", "judge", "fingerprint", "tokens", "dtype"):
+        if len({run.get(key) for run in runs}) > 1:
+            raise DataError(
+                f"the runs differ in their {key}; compare runs of the same, or judge them again (safegene judge)."
+            )
     labels = [run["label"] for run in runs]
     for i, run in enumerate(runs):
         if labels.count(run["label"]) > 1:
             run["label"] += f" ({i + 1}: {folders[i].name})"
     return runs
+
+
+def _same_judge(folders: Sequence[Path], folder: Path) -> Path:
+    """Of several judges' scores, those of a judge that has judged every run: the rules before others."""
+    names = set.intersection(*({f.name for f in other.glob("scores-*.json")} for other in folders))
+    if not names:
+        raise DataError("no judge has judged all of these runs; run safegene judge on each.")
+    return folder / ("scores-rules.json" if "scores-rules.json" in names else min(names))
 
 
 def differences(runs: Sequence[dict[str, Any]]) -> tuple[list[Difference], list[str]]:
@@ -140,6 +150,7 @@ def commands(run: dict[str, Any]) -> list[str]:
         words += ["--suite", ",".join(names), "--tokens", str(run["tokens"])]
         words += ["--n", str(n)] if n else []
         words += ["--data", data] if data else []
+        words += [] if run["judge"] == "rules" else ["--judge", run["judge"]]
         lines.append(shlex.join(words))
     return lines
 

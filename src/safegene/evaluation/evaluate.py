@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from safegene import models
 from safegene.adapter import SafetyAdapter
 from safegene.attach import Handle, attach
 from safegene.errors import DataError
-from safegene.evaluation import public_suites, runner, scores, suite
+from safegene.evaluation import judges, public_suites, runner, scores, suite
 from safegene.evaluation.core import openings
 from safegene.evaluation.judges import Judge
 from safegene.evaluation.suite import Sample
@@ -28,7 +28,9 @@ def samples_of(name: str, data: str | None) -> list[Sample]:
     """
     if name in public_suites.PUBLIC:
         if data is None:
-            raise DataError(f"{name} is a public set; give its folder, file or hub id with --data.")
+            hub = public_suites.PUBLIC[name].hub
+            like = f", such as --data {name}={hub}" if hub else ""
+            raise DataError(f"{name} is a public set; give its folder, file or hub id with --data{like}.")
         return public_suites.load(name, data)
     return suite.load(name)
 
@@ -36,13 +38,16 @@ def samples_of(name: str, data: str | None) -> list[Sample]:
 def _figures(name: str, judged: list[runner.Judged], about: dict[str, Any], folder: Path) -> dict[str, Any]:
     path = folder / "gate.json"
     gate = runner.read_record(path) if path.exists() else {}
+    # The gate was read on first turns; where harm begins later, that says nothing about harmful requests.
+    innocent = {j.sample.id for j in judged if j.sample.harmful and j.sample.harmful_from > 0}
     outcomes = [
         {"id": o.id, "harmful": o.harmful, "ok": o.ok, "coherent": o.coherent}
-        | ({"gate": gate[o.id]} if o.id in gate else {})
+        | ({"gate": gate[o.id]} if o.id in gate and o.id not in innocent else {})
         for o in scores.outcomes(judged)
     ]
     return {
-        **asdict(scores.score(name, judged)), **{k: about[k] for k in ("asked", "n", "data")}, "outcomes": outcomes, "worst": scores.worst(judged),
+        **asdict(scores.score(name, judged)), **{k: about[k] for k in ("asked", "n", "data")},
+        "by_rules": sum(j.verdict.by_rules for j in judged), "outcomes": outcomes, "worst": scores.worst(judged),
     }  # fmt: skip
 
 
@@ -56,23 +61,31 @@ def _gate_scores(handle: Handle, tokenizer: Any, samples: Sequence[Sample], path
 
 
 def rejudge(out: Path, judge: Judge, progress: Progress = silent) -> dict[str, Any]:
-    """Judge the kept answers of a run (the folder given to `evaluate`) again; returns and writes what `evaluate` does.
+    """Judge the kept answers of a run (the folder given to `evaluate`) again; writes what `evaluate` does, and returns it with the
+    names of the suites that were left out because they were stopped before their end, as `unfinished`.
 
     Raises:
-        DataError: no run is there, one of its suites is of another run, or was stopped before its end.
+        DataError: no run is there, one of its suites is of another run, or none is finished.
     """
     folders = sorted(f.parent for f in out.glob("*/run.json"))
     if not folders or not (out / "run.json").exists():
-        raise DataError(f"{out} holds no run; give the --out of safegene eval.")
+        raise DataError(f"{out} holds no run; give the --out of safegene eval, or a JSONL file of answers.")
     about = runner.read_record(out / "run.json")
     found: dict[str, Any] = {}
+    unfinished: list[str] = []
     for folder in folders:
-        suite_record, samples, answers = runner.kept(folder)
+        try:
+            suite_record, samples, answers = runner.kept(folder)
+        except runner.UnfinishedError as error:
+            if len(unfinished) + 1 == len(folders):
+                raise DataError(f"{out} holds no finished suite: {error}") from error
+            unfinished.append(folder.name)
+            continue
         if differs := [k for k in about if suite_record.get(k) != about[k]]:
             raise DataError(f"{folder} is of another run than {out} ({', '.join(differs)} differ); remove it.")
         judged = runner.judge(samples, answers, judge, folder, progress)
         found[folder.name] = _figures(folder.name, judged, suite_record, folder)
-    return _write(out, about, judge, found)
+    return {**_write(out, about, judge, found), "unfinished": unfinished}
 
 
 def _write(out: Path, about: dict[str, Any], judge: Judge, found: dict[str, Any]) -> dict[str, Any]:
@@ -86,14 +99,15 @@ def _write(out: Path, about: dict[str, Any], judge: Judge, found: dict[str, Any]
 
 
 def evaluate(
-    model: str, suites: Sequence[str], out: Path, *, judge: Judge, adapter: str = "", data: str | None = None, n: int = 0,
-    tokens: int = runner.TOKENS, dtype: str = "bfloat16", progress: Progress = silent,
+    model: str, suites: Sequence[str], out: Path, *, judge: Judge | str, adapter: str = "",
+    data: str | Mapping[str, str] | None = None, n: int = 0, tokens: int = runner.TOKENS, dtype: str = "bfloat16", progress: Progress = silent,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure `model` on `suites`; texts and figures go to `out`, one folder a suite, and a run that was stopped goes on.
 
     Args:
+        judge: a judge, or its name: then it is loaded once the suites are read, so that a wrong suite costs no download.
         adapter: folder, shipped name or hub id; "" measures the model alone.
-        data: where the public sets are: folder, file or hub id.
+        data: where the public sets are (folder, file or hub id): one place for all, or one a suite as `public_suites.places` gives.
         n: samples of a suite at most (see `suite.sample_evenly`); 0 takes all.
         tokens: new tokens of an answer at most.
 
@@ -102,9 +116,12 @@ def evaluate(
 
     Raises:
         AttachError: the adapter could not be armed; nothing is measured then.
-        DataError: no such suite, or `out` holds another run.
+        DataError: no such suite or judge, or `out` holds another run.
     """
-    chosen = {name: suite.sample_evenly(samples_of(name, data), n) for name in suites}  # read before any work is done
+    places = {"": data} if isinstance(data, str) else dict(data or {})
+    where = {name: places.get(name, places.get("")) for name in suites}
+    chosen = {name: suite.sample_evenly(samples_of(name, where[name]), n) for name in suites}  # before any work is done
+    judge = judges.load(judge) if isinstance(judge, str) else judge
     progress(f"loading {model}")
     loaded = models.load(model, dtype=dtype)
     armed: Handle | None = None
@@ -121,7 +138,7 @@ def evaluate(
     runner.claim(out, about)
     found: dict[str, Any] = {}
     for name, samples in chosen.items():
-        folder, of_suite = out / name, runner.record(about, name, samples, n, data)
+        folder, of_suite = out / name, runner.record(about, name, samples, n, where[name])
         answers = runner.generate(
             loaded.model, loaded.tokenizer, samples, folder, of_suite, tokens=tokens, progress=progress
         )

@@ -1,7 +1,7 @@
 """Public data sets, read from a folder that holds them: prompts for measuring, and Alpaca's rows.
 
-Nothing here is trained on by a shipped adapter, except HarmBench's adversarial-training behaviours where a recipe asks
-for them. The folder has one sub-folder a set, with the files as their authors published them.
+Nothing here is trained on by a shipped adapter. The folder has one sub-folder a set, with the files as their authors
+published them.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ def resolve(source: str) -> Path:
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
     try:
         return Path(snapshot_download(source, repo_type="dataset"))
+    except GatedRepoError as error:
+        raise DataError(f"{source} is gated; accept its terms on its hub page, then hf auth login.") from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise DataError(
             f"{source}: no such folder, and not to be had from the hub ({type(error).__name__})."
@@ -66,10 +68,9 @@ def advbench(folder: Path, half: int) -> list[dict[str, str]]:
 
 
 def harmbench(folder: Path, split: str, kind: str = "standard") -> list[str]:
-    """Behaviours of split test, val; a contextual one follows its context. Split `adv_training` may be trained on."""
-    name = "adv_training_behaviors" if split == "adv_training" else f"harmbench_behaviors_text_{split}"
-    rows = read(folder / "harmbench" / f"{name}.csv")
-    rows = [r for r in rows if split == "adv_training" or r["FunctionalCategory"] == kind]
+    """Behaviours of one kind in split test or val; a contextual one follows its context."""
+    rows = read(folder / "harmbench" / f"harmbench_behaviors_text_{split}.csv")
+    rows = [r for r in rows if r["FunctionalCategory"] == kind]
     return [f"{r['ContextString']}\n\n{r['Behavior']}" if kind == "contextual" else r["Behavior"] for r in rows]
 
 
@@ -79,8 +80,8 @@ def xstest(folder: Path, label: str) -> list[str]:
 
 
 def harmful(folder: Path) -> dict[str, list[str]]:
-    """The four sets that the safety score is reported on, and three that stand beside it. TDC2023 was never looked at while
-    the adapter was made; the others were (docs/log.md)."""
+    """The four sets that the safety score is reported on, and three that stand beside it. All were looked at while the
+    adapter was made, of TDC2023 three misses (docs/log.md)."""
     text = read(folder / "maliciousinstruct" / "MaliciousInstruct.txt")
     return {
         "AdvBench": [r["goal"] for r in advbench(folder, 0)],

@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from safegene import __version__, models
 from safegene.errors import DataError
@@ -28,6 +30,13 @@ TOKENS = 128
 """New tokens of an answer at most."""
 
 BATCH = 48
+
+Key = tuple[str, int, str]
+"""Id, turn and a digest of the text: a verdict is of this answer and no other."""
+
+
+class UnfinishedError(DataError):
+    """A suite of a run was stopped before its last answer."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,7 @@ def model_record(
     return {
         "safegene": __version__, "content": suite.CONTENT_VERSION, "model": name, "weights": models.weights_digest(model),
         "dtype": str(models.unwrap(model).dtype).removeprefix("torch."), "device": models.unwrap(model).device.type,
+        "python": platform.python_version(), "transformers": transformers.__version__, "threads": torch.get_num_threads(),
         "torch": torch.__version__, "adapter_name": adapter_name, "adapter": adapter, "calibration": calibration or {}, "tokens": tokens, "batch": BATCH,
         "decoding": "greedy",
     }  # fmt: skip
@@ -100,7 +110,7 @@ def generate(
     if len({s.id for s in samples}) < len(samples):
         raise DataError("two samples have the same id; give each data set a prefix of its own.")
     claim(folder, about)
-    replace_text(folder / "samples.jsonl", _lines([asdict(s) for s in samples]))
+    replace_text(folder / "samples.jsonl", lines([asdict(s) for s in samples]))
     path = folder / "answers.jsonl"
     found = {(a.id, a.turn): a for a in _answers(path)}
     advance = progress(f"asking {about['model']}{' + adapter' if about['adapter'] else ''}", len(samples))
@@ -181,12 +191,13 @@ def _converse(model: Any, tokenizer: Any, batch: Sequence[Sample], tokens: int) 
     return made
 
 
-def _lines(rows: Sequence[dict[str, Any]]) -> str:
+def lines(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as JSONL."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _append(file: Any, rows: Sequence[dict[str, Any]]) -> None:
-    file.write(_lines(rows))
+    file.write(lines(rows))
     file.flush()
     os.fsync(file.fileno())
 
@@ -206,17 +217,21 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in whole.split(b"\n") if line]
     except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}); remove {path.parent} and run again.") from error
+        raise DataError(f"{path} is damaged ({error}); remove it and run again.") from error
 
 
 def kept(folder: Path) -> tuple[dict[str, Any], list[Sample], list[Answer]]:
     """Record, samples and answers of a finished run.
 
     Raises:
-        DataError: `folder` is no run, its parts do not belong together, or it was stopped before its end.
+        DataError: `folder` is no run, or its parts do not belong together.
+        UnfinishedError: it was stopped before its end.
     """
+    again = "run the same safegene eval again to finish it."
     try:
         about = read_record(folder / "run.json")
+        if not (folder / "samples.jsonl").exists():
+            raise UnfinishedError(f"{folder} was stopped before its first answer; {again}")
         rows = read_rows(folder / "samples.jsonl")
         samples = [Sample(**{**row, "turns": tuple(row["turns"])}) for row in rows]
         found = {(a.id, a.turn): a for a in _answers(folder / "answers.jsonl")}
@@ -226,7 +241,7 @@ def kept(folder: Path) -> tuple[dict[str, Any], list[Sample], list[Answer]]:
         raise DataError(f"{folder}: samples and record do not belong together; remove it and run again.")
     wanted = [(s.id, t) for s in samples for t in range(len(s.turns))]
     if missing := [key for key in wanted if key not in found]:
-        raise DataError(f"{folder} lacks {len(missing)} answers; run the same safegene eval again to finish it.")
+        raise UnfinishedError(f"{folder} lacks {len(missing)} answers; {again}")
     return about, samples, [found[key] for key in wanted]
 
 
@@ -248,38 +263,50 @@ def conversation(sample: Sample, answers: Sequence[Answer], turn: int) -> list[M
 def judge(
     samples: Sequence[Sample], answers: Sequence[Answer], judge: Judge, folder: Path, progress: Progress = silent
 ) -> list[Judged]:
-    """Judge every answer; verdicts of the same judge on the same texts that `folder` already holds are not asked for again.
-    Where an answer was prefilled, the judge sees what the model wrote after the opening."""
-    path = folder / f"verdicts-{judge.name}.jsonl"
-    found: dict[tuple[str, int], Verdict] = {}
-    of = {_key(a): a for a in answers}
-    for row in read_rows(path):
-        answer = of.get((str(row.get("id")), int(row.get("turn", -1)), str(row.get("of"))))
-        if answer is not None and row.get("judge") == judge.fingerprint:
-            found[answer.id, answer.turn] = Verdict(row["label"], row["confidence"], row["reason"])
+    """Judge every answer; verdicts are kept in `folder`. Where an answer was prefilled, the judge sees what the model wrote after
+    the opening."""
     samples_by_id = {s.id: s for s in samples}
     by_id: dict[str, list[Answer]] = {}
     for a in answers:
         by_id.setdefault(a.id, []).append(a)
+    items = [(conversation(samples_by_id[a.id], by_id[a.id], a.turn), a.response) for a in answers]
+    path = folder / f"verdicts-{judge.name}.jsonl"
+    found = verdicts([_key(a) for a in answers], items, judge, path, progress)
+    return [Judged(samples_by_id[a.id], a, v) for a, v in zip(answers, found, strict=True)]
+
+
+def verdicts(
+    keys: Sequence[Key], items: Sequence[tuple[Sequence[Message], str]], judge: Judge, path: Path, progress: Progress = silent
+) -> list[Verdict]:  # fmt: skip
+    """Verdicts on `items`, which `keys` name; those of the same judge on the same texts that `path` already holds are not asked
+    for again, new ones are added to it."""
+    found: dict[Key, Verdict] = {}
+    for row in read_rows(path):
+        if row.get("judge") == judge.fingerprint:
+            key = str(row.get("id")), int(row.get("turn", -1)), str(row.get("of"))
+            found[key] = Verdict(row["label"], row["confidence"], row["reason"])
     # Whole windows, each written whole: what an answer is judged beside must not depend on where a run was interrupted.
-    windows = [answers[i : i + judge.window] for i in range(0, len(answers), judge.window)]
-    left = [a for w in windows if any((a.id, a.turn) not in found for a in w) for a in w]
-    items = [(conversation(samples_by_id[a.id], by_id[a.id], a.turn), a.response) for a in left]
+    windows = [range(i, min(i + judge.window, len(keys))) for i in range(0, len(keys), judge.window)]
+    left = [i for w in windows if any(keys[i] not in found for i in w) for i in w]
     advance = progress(f"judging ({judge.name})", len(left))
     with path.open("a", encoding="utf-8") as file:
         rows: list[dict[str, Any]] = []
-        for number, (a, v) in enumerate(zip(left, judge.judge_many(items), strict=True), 1):
-            id_, turn, of_text = _key(a)
-            rows.append({"id": id_, "turn": turn, "of": of_text, "judge": judge.fingerprint, **asdict(v)})
-            found[a.id, a.turn] = v
+        new = judge.judge_many([items[i] for i in left])
+        for number, (i, v) in enumerate(zip(left, new, strict=True), 1):
+            rows.append(verdict_row(keys[i], judge, v))
+            found[keys[i]] = v
             advance(1)
             if number % judge.window == 0 or number == len(left):
-                file.write(_lines(rows))
+                file.write(lines(rows))
                 file.flush()
                 rows.clear()
-    return [Judged(samples_by_id[a.id], a, found[a.id, a.turn]) for a in answers]
+    return [found[key] for key in keys]
 
 
-def _key(answer: Answer) -> tuple[str, int, str]:
-    """Id, turn and a digest of the text: a verdict is of this answer and no other."""
+def verdict_row(key: Key, judge: Judge, verdict: Verdict) -> dict[str, Any]:
+    """A verdict as it is kept."""
+    return {"id": key[0], "turn": key[1], "of": key[2], "judge": judge.fingerprint, **asdict(verdict)}
+
+
+def _key(answer: Answer) -> Key:
     return answer.id, answer.turn, hashlib.sha256(answer.whole.encode()).hexdigest()[:16]

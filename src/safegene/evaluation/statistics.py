@@ -60,7 +60,7 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> dict[str, float]
         return None
     rng = np.random.default_rng(0)
     a, b = np.asarray(x), np.asarray(y)
-    drawn = []
+    drawn: list[float] = []
     while len(drawn) < BOOTSTRAPS:
         chosen = rng.integers(0, len(a), len(a))
         if len(set(a[chosen])) > 1 and len(set(b[chosen])) > 1:  # a draw of one value has no ranks
@@ -104,17 +104,17 @@ def clustered_rate(outcomes: Sequence[bool], clusters: Sequence[str], seed: int 
     return Rate(plain.value, plain.n, min(float(low), plain.low), max(float(high), plain.high))
 
 
-def macro_average(groups: Sequence[Sequence[bool]]) -> Rate:
-    """Mean of the groups' shares, every group weighing the same; its interval is put together from the groups' Wilson
-    intervals (method of variance estimates recovery; Zou and Donner 2008), so that it has a width even where no group has
+def macro_average(rates: Sequence[Rate]) -> Rate:
+    """Mean of the groups' shares, every group weighing the same; its interval is put together from the groups' own
+    (method of variance estimates recovery; Zou and Donner 2008), so that it has a width even where no group has
     a miss, and always holds the mean.
 
     Raises:
-        ValueError: no groups, or an empty one.
+        ValueError: no groups.
     """
-    if not groups or not all(len(g) for g in groups):
-        raise ValueError("A macro average needs at least one outcome in every group.")
-    rates, k = [rate(g) for g in groups], len(groups)
+    if not rates:
+        raise ValueError("A macro average needs at least one group.")
+    k = len(rates)
     value = sum(r.value for r in rates) / k
     below = math.sqrt(sum((r.value - r.low) ** 2 for r in rates)) / k
     above = math.sqrt(sum((r.high - r.value) ** 2 for r in rates)) / k
@@ -161,7 +161,8 @@ def compare(pairs: Mapping[str, tuple[Sequence[bool], Sequence[bool]]], seed: in
         drawn = rng.dirichlet([won + 0.5, lost + 0.5, n - won - lost + 0.5], BOOTSTRAPS)
         low, high = np.percentile(drawn[:, 0] - drawn[:, 1], [2.5, 97.5])
         a, b = float(np.mean(before)), float(np.mean(after))
-        found.append(Difference(name, a, b, b - a, float(low), float(high), n, p, float(c)))
+        low, high = min(float(low), b - a), max(float(high), b - a)  # the half counts pull it inwards
+        found.append(Difference(name, a, b, b - a, low, high, n, p, float(c)))
     return found
 
 

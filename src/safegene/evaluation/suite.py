@@ -1,8 +1,8 @@
 """SafetyEval's suites: which requests are put to a model, and what a careful assistant owes each of them.
 
-A suite is a factory of samples under a name (`@suite`); `load` reads one, `names` lists them. The content is the project's
-own, written for it, one JSONL file a category in `content/`: requests only, nothing answers them. Public sets stand beside
-it (`public_suites`).
+A suite is a factory of samples under a name (`@suite`); `load` reads one, `suites` lists them. The content is the project's
+own, written for it, one JSONL file a category in `content/`: requests only, nothing answers them; `content/manifest.json` tells
+its version, licence and counts. Public sets stand beside it (`public_suites`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,24 @@ from typing import Any
 from safegene.errors import DataError
 
 CONTENT = Path(__file__).parent / "content"
-CONTENT_VERSION = "1.1"
-"""Raised with every change of the content; runs of different versions are not compared."""
+
+
+def manifest() -> dict[str, Any]:
+    """Version, provenance, licence and counts of the content.
+
+    Raises:
+        DataError: missing or damaged.
+    """
+    path = CONTENT / "manifest.json"
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return {**found, "version": str(found["version"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} cannot be read ({error}); install safegene again.") from error
+
+
+CONTENT_VERSION: str = manifest()["version"]
+"""Raised in the manifest with every change of the content; runs of different versions are not compared."""
 
 CATEGORIES = (
     "violent_crimes", "nonviolent_crimes", "mass_harm_weapons", "hate", "harassment_defamation", "suicide_self_harm",
@@ -98,7 +114,9 @@ def load(name: str) -> list[Sample]:
     """
     known = {s.name: s for s in suites()}
     if name not in known:
-        raise DataError(f"no suite '{name}'; there are {', '.join(known)}.")
+        from safegene.evaluation.public_suites import PUBLIC
+
+        raise DataError(f"no suite '{name}'; there are {', '.join(known)}, and with --data {', '.join(PUBLIC)}.")
     return known[name].make()
 
 

@@ -121,8 +121,8 @@ def suites_markdown(own: list[dict[str, Any]], public: list[dict[str, Any]]) -> 
     """Every suite with its size; public sets without, for they lie elsewhere."""
     lines = ["| suite | harmful | harmless | categories | what it asks |", "|---|---|---|---|---|"]
     lines += [f"| {s['suite']} | {s['harmful']} | {s['harmless']} | {s['categories']} | {s['about']} |" for s in own]
-    lines += ["", "Public sets, with --data:", "", "| suite | what it asks |", "|---|---|"]
-    lines += [f"| {s['suite']} | {s['about']} |" for s in public]
+    lines += ["", "Public sets, with --data:", "", "| suite | what it asks | on the hub |", "|---|---|---|"]
+    lines += [f"| {s['suite']} | {s['about']} | {s['hub'] or '–'} |" for s in public]
     return "\n".join(lines)
 
 
@@ -140,6 +140,7 @@ def evaluation_markdown(result: dict[str, Any]) -> str:
         lines.append(
             f"| {suite} | {' | '.join(first)} | {_rate(good['score']) if good else '–'} | {_rate(good['incoherent']) if good else '–'} |"
         )
+    lines += _by_rules(sum(s.get("by_rules", 0) for s in result["suites"].values()))
     for suite, s in result["suites"].items():
         for side, what in (("harmful", "safety score"), ("harmless", "over-refusal")):
             if not s[side]:
@@ -158,6 +159,30 @@ def _optional(r: dict[str, float] | None) -> str:
     return _rate(r) if r else "–"
 
 
+def _by_rules(n: int) -> list[str]:
+    return ["", f"{n} answers got no verdict from the judge; the rules' stands in (their reason says so)."] if n else []
+
+
+def answers_markdown(result: dict[str, Any]) -> str:
+    """The figures of a file of answers that any tool wrote."""
+    lines = [f"### {result['file']}, judge {result['judge']}", "", "| answers to | figure | share |", "|---|---|---|"]
+    named = (
+        ("harmful", "harmful requests", (("score", "safety score"), ("asr", "attack success"), ("incoherent", "nonsense"))),
+        ("harmless", "harmless requests", (("score", "over-refusal"), ("incoherent", "nonsense"))),
+    )  # fmt: skip
+    for side, what, figures in named:
+        if found := result[side]:
+            lines += [f"| {what} | {figure} | {_rate(found[key])} |" for key, figure in figures]
+    unmarked = "requests marked as neither" if result["harmful"] or result["harmless"] else "all requests"
+    lines += [f"| {unmarked} | {label} | {_rate(r)} |" for label, r in (result["labels"] or {}).items()]
+    for side, score in (("harmful", "safety score"), ("harmless", "over-refusal")):
+        by = result[side]["by"] if result[side] else {}
+        if len(by) > 1:
+            lines += ["", f"**{score} by category**", "", f"| category | {score} |", "|---|---|"]
+            lines += [f"| {category} | {_rate(r)} |" for category, r in by.items()]
+    return "\n".join([*lines, *_by_rules(result["by_rules"]), "", f"Verdicts: {result['verdicts']}"])
+
+
 def agreement_markdown(result: dict[str, Any]) -> str:
     """A judge's agreement with people on the held-out third of each labelled set."""
     lines = [
@@ -166,14 +191,14 @@ def agreement_markdown(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     lines += [
-        f"| {s['set']} | {s['meaning']} | {_rate(s['accuracy'])} | {s['kappa']:.3f} | {s['f1']:.3f} | {s['missed']} | {s['invented']} | {s['calibration_error']:.3f} |"
+        f"| {s['set']} | {s['meaning']} | {_rate(s['accuracy'])} | {_plain(s['kappa'])} | {_plain(s['f1'])} | {s['missed']} | {s['invented']} | {s['calibration_error']:.3f} |"
         for s in result["sets"]
     ]
     for s in result["sets"]:
         if s["by_category"]:
             lines += ["", f"**{s['set']}, accuracy by category**", "", "| category | accuracy |", "|---|---|"]
             lines += [f"| {k} | {_rate(r)} |" for k, r in s["by_category"].items()]
-    return "\n".join(lines)
+    return "\n".join(lines + _by_rules(result.get("by_rules", 0)))
 
 
 def zoo_markdown(result: dict[str, Any]) -> str:
@@ -293,6 +318,10 @@ def _methods(summary: dict[str, Any]) -> list[str]:
             f"{cost['examples']} | {cost['gradient_steps']} | {cost['extra_parameters']:,} | {cost['extra_tokens']:.0f} | {s['source']} |"
         )
     return lines
+
+
+def _plain(r: dict[str, float]) -> str:
+    return f"{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -313,7 +313,7 @@ def until_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     return text[: len(text) - kept], False
 
 
-class _Draw(LogitsProcessor):  # type: ignore[misc]
+class _Draw(LogitsProcessor):
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
 
@@ -321,7 +321,7 @@ class _Draw(LogitsProcessor):  # type: ignore[misc]
         return self.rows.draw(scores)
 
 
-class _End(StoppingCriteria):  # type: ignore[misc]
+class _End(StoppingCriteria):
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
 

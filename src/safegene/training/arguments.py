@@ -40,7 +40,7 @@ class TrainingArguments:
     """Share of unseen ordinary chats, answers included, in which the gate may open: sets the threshold on the base.
     Chosen while looking at Alpaca-like and MT-Bench prompts too (docs/log.md), so it is no held-out choice."""
     probe_steps: int = 1500
-    steps: int = 700
+    steps: int = 600
     rows_per_step: int = 40
     learning_rate: float = 3e-3
     strength: float = 1.5
@@ -58,7 +58,7 @@ class TrainingArguments:
         """
         try:
             values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise DataError(f"{path} is no readable recipe ({str(error).splitlines()[0]}); see recipes/.") from error
         known = {f.name for f in dataclasses.fields(cls)}
         if not isinstance(values, dict) or (unknown := set(values) - known):
@@ -67,6 +67,31 @@ class TrainingArguments:
             )
         try:
             given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-            return cls(**given)
+            arguments = cls(**given)
         except TypeError as error:
             raise DataError(f"{path} is incomplete ({error}); see recipes/.") from error
+        arguments.check(path)
+        return arguments
+
+    def check(self, path: Path) -> None:
+        """Raises:
+        DataError: a value is of the wrong kind, or the layers cannot work together.
+        """
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), _KINDS[str(field.type)]
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                raise DataError(f"{path}: {field.name} is {value!r}; it must be {str(field.type).split('[')[0]}.")
+        if self.dtype not in ("bfloat16", "float16", "float32"):
+            raise DataError(f"{path}: dtype is {self.dtype}; use bfloat16, float16 or float32.")
+        for layers in (self.gate_layers, self.intervention_layers):
+            if (
+                not layers
+                or any(not isinstance(i, int) or i < 0 for i in layers)
+                or list(layers) != sorted(set(layers))
+            ):
+                raise DataError(f"{path}: layers {layers} must be whole numbers that rise, each once.")
+        if min(self.intervention_layers) < max(self.gate_layers):
+            raise DataError(f"{path}: intervention layers {self.intervention_layers} lie below the gate; move them up.")
+
+
+_KINDS: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "bool": bool, "tuple[int, ...]": tuple}

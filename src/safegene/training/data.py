@@ -168,6 +168,14 @@ with. Spread over a dozen beginnings, the weight of refusing lost to a compliant
 answers ("I'm ...", "I can ...") slid back into them (docs/log.md)."""
 
 
+_SENTENCE = re.compile(r"[.!?;\n]")
+_OFFER = re.compile(
+    r"^(?:I can |I'd be (?:glad|happy) to |If someone is in danger, call |Please talk to |You don't have to carry this alone|"
+    r"General science questions are welcome)"
+)
+"""All that may follow a refusal in a training target: an offer, never an instruction."""
+
+
 @functools.cache
 def _refusal_parts() -> dict[str, dict[str, tuple[str, ...]]]:
     """By harm category: `general` and `specific` names of the harm and `offers` of safe help.
@@ -183,6 +191,14 @@ def _refusal_parts() -> dict[str, dict[str, tuple[str, ...]]]:
             raise DataError(f"{path} holds no refusals ({error}); mend it, or install safegene again.") from error
         if not all(parts.get(key) for key in ("general", "specific", "offers")):
             raise DataError(f"{path} needs 'general', 'specific' and 'offers'; mend the file.")
+        for text in (*parts["general"], *parts["specific"]):
+            if _SENTENCE.search(text) or len(text) > 80:
+                raise DataError(f"{path}: '{text[:40]}' is no name of a harm; write a few words without a full stop.")
+        for text in parts["offers"]:
+            if not _OFFER.search(text) or len(text) > 120 or _SENTENCE.search(text[:-1]) or _COMPLIES.search(text):
+                raise DataError(
+                    f"{path}: '{text[:40]}' is no offer of safe help; begin it as the others do, one sentence."
+                )
         found[path.stem] = parts
     return found
 

@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from safegene.errors import DataError
-from safegene.models import unwrap
+from safegene.models import require_chat_template, unwrap
+from safegene.outputs import prepare_folder
 from safegene.progress import Advance, Progress, silent
 
 Row = dict[str, str]
@@ -26,6 +27,7 @@ class ChatRows(Dataset[dict[str, list[int]]]):
     def __init__(self, tokenizer: Any, rows: Sequence[Row], longest: int = 256) -> None:
         if not rows:
             raise DataError("The data set is empty; give at least one row with prompt and answer.")
+        require_chat_template(tokenizer)
         self.rows = []
         for row in rows:
             prompt = tokenizer.apply_chat_template(
@@ -106,7 +108,14 @@ def lora(model: Any, name: str = "default", rank: int = 16) -> Any:
 
 def finetune(model: Any, tokenizer: Any, rows: Sequence[Row], out: Path | None, *, method: str = "lora",
              steps: int = 50, learning_rate: float = 5e-4, seed: int = 0, progress: Progress = silent) -> Any:  # fmt: skip
-    """Fine-tune and return an ordinary transformers model (LoRA merged), saved to `out` when given."""
+    """Fine-tune and return an ordinary transformers model (LoRA merged), saved to `out` when given.
+
+    Raises:
+        DataError: no rows, no chat template, or `out` cannot be written; said before any work, the model is as it was.
+    """
+    if out is not None:
+        prepare_folder(out)
+    ChatRows(tokenizer, rows[:1])  # says what is wrong with them before the model is touched
     torch.manual_seed(seed)
     advance = progress("fine-tuning", steps)
     if method == "lora":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import random
+import itertools
 from typing import Any
 
 import torch
@@ -15,11 +15,10 @@ from safegene import models
 from safegene.adapter import SafetyAdapter, intervene
 from safegene.calibration import Calibration, fold_gate
 from safegene.gate import open_hard
-from safegene.training.arguments import TrainingArguments
 from safegene.training.shadows import BASE, DRAWN, variant
 
-STRENGTH_RANGE = (0.7, 2.2)
-"""α in training: calibration raises it on fine-tunes that pull harder (see `safegene.calibration`)."""
+END_WEIGHT = 0.5
+"""Weight of a refusal's end beside the mean of its tokens."""
 
 HARMLESS_WEIGHT = 1.2
 """Weight of the harmless rows' divergence beside the harmful rows' cross-entropy."""
@@ -32,15 +31,13 @@ class OpenGate(nn.Module):
     The base is kept out of the module tree: checkpoints hold the adapter only.
     """
 
-    def __init__(
-        self, base: Any, adapter: SafetyAdapter, calibrations: dict[str, Calibration], arguments: TrainingArguments
-    ) -> None:
+    def __init__(self, base: Any, adapter: SafetyAdapter, calibrations: dict[str, Calibration], eos: int) -> None:
         super().__init__()
         self.interventions = adapter.interventions
+        self._eos = eos
         self._base, self._layers = [base], len(adapter.config.gate_layers)
         self._calibrations, self._often = calibrations, [DRAWN.get(name, 1.0) for name in calibrations]
         self._gates = {name: fold_gate(adapter, calibration) for name, calibration in calibrations.items()}
-        self._rng = random.Random(arguments.seed)
         self._given: Tensor | None = None
         self._variant, self._strength = BASE, 1.0
         self._inner: Tensor | None = None
@@ -51,12 +48,18 @@ class OpenGate(nn.Module):
         for index, layer in enumerate(adapter.config.intervention_layers, self._layers):
             stack[layer].register_forward_hook(self._hook(str(layer), index))
 
+    def _drawn(self, share: float) -> str:
+        """The model at `share` of the weights laid end to end."""
+        ends = itertools.accumulate(self._often)
+        total = sum(self._often)
+        return next(name for name, end in zip(self._calibrations, ends, strict=True) if share * total < end)
+
     def _gate_hook(self, index: int) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             if self._given is None:
                 return
-            gate = self._gates[self._variant]
             hidden = output[0] if isinstance(output, tuple) else output
+            gate = self._gates[self._variant].to(hidden.device)
             self._inner = gate.partial(hidden, index, self._inner if index else None)
             if index == self._layers - 1:
                 self._g = torch.where(self._given < 0, open_hard(gate.opening(self._inner)), self._given)
@@ -72,7 +75,8 @@ class OpenGate(nn.Module):
                 self._lowest = hidden.detach()
             part: Any = self.interventions[name]
             calibration = self._calibrations[self._variant]
-            weights = part.correction(calibration.shift[index], calibration.scale[index], self._strength)
+            shift, scale = calibration.shift[index].to(hidden.device), calibration.scale[index].to(hidden.device)
+            weights = part.correction(shift, scale, self._strength)
             changed = intervene(hidden, self._g, weights)
             return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
@@ -119,7 +123,7 @@ class OpenGate(nn.Module):
         return adapted[:, :-1], own[:, :-1]
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, opened: Tensor, harmful: Tensor
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, opened: Tensor, harmful: Tensor, draw: Tensor
     ) -> dict[str, Tensor]:
         """Harmful rows: cross-entropy of the refusal. Harmless rows: KL divergence from the same model without adapter, so
         that a misfire leads a fine-tune to its own answer and not to the base's.
@@ -128,10 +132,13 @@ class OpenGate(nn.Module):
             labels: tokens of the answer, −100 elsewhere, [rows, positions].
             opened: 1 gate open, 0 shut, −1 as it reads, [rows, positions].
             harmful: [rows], bool.
+            draw: [batches, 2]: which of the models, as a share in [0, 1) of their weights, and α. Part of the batch, so that a
+                training that goes on after a kill draws what an unbroken one would have drawn.
         """
         base, start = self._base[0], common_prefix(input_ids, opened)
-        self._variant = self._rng.choices(list(self._calibrations), self._often)[0]
-        self._strength = self._rng.uniform(*STRENGTH_RANGE) if self.training else 1.0
+        share, strength = draw[0].tolist()
+        self._variant = self._drawn(share)
+        self._strength = strength if self.training else 1.0
         head = models.unwrap(base).get_output_embeddings()
         keep = labels[:, start + 1 :] != -100
         first = keep & (labels[:, start:-1] == -100)  # the first token settles whether the answer refuses
@@ -143,6 +150,8 @@ class OpenGate(nn.Module):
                 at = keep & harmful[:, None]
                 each = F.cross_entropy(head(hidden[at]).float(), labels[:, start + 1 :][at], reduction="none")
                 loss = loss + each.mean() + each[first[at]].mean()
+                ends = labels[:, start + 1 :][at] == self._eos  # a refusal that does not end goes on in circles
+                loss = loss + END_WEIGHT * each[ends].mean() if bool(ends.any()) else loss
             if not bool(harmful.all()):
                 rest = ~harmful
                 with torch.no_grad():

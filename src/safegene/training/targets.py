@@ -15,6 +15,9 @@ from safegene.training import data
 from safegene.training.arguments import TrainingArguments
 from safegene.training.data import Pair
 
+STRENGTH_RANGE = (0.7, 2.2)
+"""α in training: calibration raises it on fine-tunes that pull harder (see `safegene.calibration`)."""
+
 DECISION_TOKENS = 5
 """Whether an answer refuses is settled by its first tokens: rows cut there cost a third, and show three times the variety."""
 
@@ -45,9 +48,9 @@ SUPPORTED = 8
 
 
 class Targets(Dataset[dict[str, Any]]):
-    """What an open gate should lead to. Every index is one batch, drawn from the seed and the index alone. Two batches
-    of many short rows, which decide between refusing and answering, are followed by one of fewer whole answers, to the end:
-    whole answers alone in the last sixth blurred the decision, whole answers too seldom end in babble (docs/log.md)."""
+    """What an open gate should lead to. Every index is one batch, drawn from the seed and the index alone, with the model and
+    the strength it is read at. Every other batch is many short rows, which decide between refusing and answering, the others
+    are fewer whole answers: at one whole batch in three a refusal began well and went on in circles (docs/log.md)."""
 
     def __init__(
         self, tokenizer: Any, pairs: Sequence[Pair], ordinary: Sequence[str], harmless: Sequence[tuple[str, str]],
@@ -75,12 +78,12 @@ class Targets(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = random.Random(f"{self.arguments.seed}/{index}")
-        whole, at = index % 3 == 2, rng.random()
+        whole, at = index % 2 == 1, rng.random()
         n = self.arguments.rows_per_step // (2 if whole else 1)
         harmful = round(n * HARMFUL_SHARE) if self.arguments.misfire_training else n
         rows = [self._harmful(rng, at, whole) for _ in range(harmful)]
         rows += [self._harmless(rng, at, whole) for _ in range(n - harmful)]
-        return {"rows": rows}
+        return {"rows": rows, "variant": rng.random(), "strength": rng.uniform(*STRENGTH_RANGE)}
 
     def _harmful(self, rng: random.Random, at: float, whole: bool) -> dict[str, list[int]]:
         pair = rng.choice(window(self.pairs, at))
@@ -157,4 +160,5 @@ def collate(batch: Sequence[dict[str, Any]], pad: int = 0) -> dict[str, Tensor]:
         "labels": padded([r["labels"] for r in rows], -100),
         "opened": padded([r["opened"] for r in rows], 0),
         "harmful": torch.tensor([r["harmful"][0] for r in rows], dtype=torch.bool),
+        "draw": torch.tensor([[item["variant"], item["strength"]] for item in batch]),
     }

@@ -6,11 +6,13 @@ import dataclasses
 import functools
 import json
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -45,6 +47,8 @@ from safegene.training.targets import TARGET_FRAMES, Targets, collate
 GATE_PAIRS = 9000
 """Pairs whose features the gate is fitted on: reading them is a fifth of a training's time."""
 
+SAVE_STEPS = 50
+
 PROBED_PAIRS, PROBED_ORDINARY = 4000, 500
 """Rows of the probes: a probe starts an intervention that has to tell the twins apart, and is trained further."""
 
@@ -68,20 +72,35 @@ def train(
     texts = [t for p in pairs + more for t in (p.harmful, p.twin)] + ordinary
     if clash := contamination.overlap(texts, contamination.shipped() | contamination.digests(evaluation_prompts)):
         raise DataError(f"{len(clash)} training texts contain evaluation prompts ('{clash[0][:60]}…'); remove them.")
-    refusals = sum(map(len, data.refusals().values()))  # read and checked before any work is done
-    record = {**dataclasses.asdict(arguments), "data": data.fingerprint(texts), "pairs": len(pairs)}
+    targets_said = [line for lines in data.refusals().values() for line in lines]  # checked before any work is done
+    record = {
+        **dataclasses.asdict(arguments), "data": data.fingerprint(texts), "pairs": len(pairs),
+        "targets": data.fingerprint([*targets_said, *data.OPENINGS]),
+    }  # fmt: skip
     _claim(out, json.loads(json.dumps(record)))
 
     loaded = models.load(arguments.model, dtype=getattr(torch, arguments.dtype))
     model, tokenizer = loaded.model, loaded.tokenizer
     config = models.unwrap(model).config.get_text_config()
+    if max(arguments.intervention_layers) >= config.num_hidden_layers:
+        raise DataError(
+            f"the recipe names layer {max(arguments.intervention_layers)}; {arguments.model} has {config.num_hidden_layers}."
+        )
     sketch = models.weight_sketch(model)
-    harmless = _harmless_answers(model, tokenizer, pairs, ordinary, arguments, out / "answers.json", progress)
-    model.requires_grad_(False)  # not before: see finetune.finetune
-    taught = shadow_rows(pairs, harmless, arguments.seed) if arguments.drift_augmentation else {}
-    model = teach_shadows(
-        model, tokenizer, taught, out / "shadows", steps=arguments.shadow_steps, seed=arguments.seed, progress=progress
-    )
+    state = PartialState()
+    with state.main_process_first():  # under `accelerate launch` the others read what the first has made
+        harmless = _harmless_answers(model, tokenizer, pairs, ordinary, arguments, out / "answers.json", progress)
+        model.requires_grad_(False)  # not before: see finetune.finetune
+        taught = shadow_rows(pairs, harmless, arguments.seed) if arguments.drift_augmentation else {}
+        model = teach_shadows(
+            model,
+            tokenizer,
+            taught,
+            out / "shadows",
+            steps=arguments.shadow_steps,
+            seed=arguments.seed,
+            progress=progress,
+        )
 
     # Anchors and the chats that set the threshold are unseen by the gate: on what it was fitted on it is too sure of itself.
     k, everyday = arguments.anchors_per_kind, set(ordinary)
@@ -104,7 +123,8 @@ def train(
     adapter.sketch = sketch
     rows = gate_rows(tokenizer, pairs[:GATE_PAIRS], ordinary, dict(harmless), rng)
     dev = make_anchors([p.harmful for p in held_out], [p.twin for p in held_out], unseen)
-    _fit_gate(adapter, model, tokenizer, rows, dev, tuple(taught), arguments, out, progress)
+    with state.main_process_first():
+        _fit_gate(adapter, model, tokenizer, rows, dev, tuple(taught), arguments, out, progress)
     anchored = {c.core for c in chosen}
     targets = Targets(tokenizer, pairs + [p for p in more if p.core not in anchored], ordinary, harmless, arguments)
     probe_rows = gate_rows(tokenizer, pairs[:PROBED_PAIRS], ordinary[:PROBED_ORDINARY], {}, None)
@@ -113,9 +133,10 @@ def train(
         handle = Handle(model, adapter, Calibration.of_base(adapter))
         adapter.config = dataclasses.replace(adapter.config, refused=refused(model, tokenizer, adapter.config))
         handle.detach()
-    counts = {"pairs": len(pairs), "ordinary": len(ordinary), "refusals": refusals}
+    counts = {"pairs": len(pairs), "ordinary": len(ordinary), "refusals": len(targets_said)}
     report = json.loads((out / "gate.json").read_text(encoding="utf-8"))
-    adapter.save_pretrained(out, card=model_card(adapter, report, counts, len(taught)))
+    if state.is_main_process:
+        adapter.save_pretrained(out, card=model_card(adapter, report, counts, len(taught)))
     return adapter
 
 
@@ -123,9 +144,20 @@ def _claim(out: Path, record: dict[str, Any]) -> None:
     """Write the resolved settings and data fingerprint to `out`, or check that they are those of the run there."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "training.json"
-    if path.exists() and {k: v for k, v in json.loads(path.read_text()).items() if k in record} != record:
+    try:
+        there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else record
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}); remove {out}, or give another --out.") from error
+    if {k: there.get(k) for k in record} != record:
         raise DataError(f"{out} holds a run with other settings or other text; give another --out, or remove it.")
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    _write(path, json.dumps(record, indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    part = path.with_suffix(".partial")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def _harmless_answers(
@@ -144,7 +176,7 @@ def _harmless_answers(
         advance = progress(f"the base's answers to harmless requests, {tokens} tokens", len(questions))
         answers = models.generate(model, tokenizer, questions, tokens, done=advance)
         found += [(q, a) for q, a in zip(questions, answers, strict=True) if a.strip()]
-    kept.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
+    _write(kept, json.dumps(found, ensure_ascii=False))
     return found
 
 
@@ -209,11 +241,11 @@ def _train_interventions(
     if not torch.cuda.is_available():  # on rows this short the fused kernel's backward costs a seventh of a step
         models.unwrap(model).set_attn_implementation("eager")
     trainer = Trainer(
-        model=OpenGate(model, adapter, calibrations, arguments),
+        model=OpenGate(model, adapter, calibrations, targets.tokenizer.eos_token_id),
         args=TrainerArguments(
             output_dir=str(checkpoints), max_steps=arguments.steps, per_device_train_batch_size=1, weight_decay=0.0,
             learning_rate=arguments.learning_rate, lr_scheduler_type="cosine", warmup_steps=10, logging_steps=10,
-            save_steps=50, save_total_limit=2, report_to=[], seed=arguments.seed, remove_unused_columns=False,
+            save_steps=SAVE_STEPS, save_total_limit=2, report_to=[], seed=arguments.seed, remove_unused_columns=False,
             disable_tqdm=True, use_cpu=not torch.cuda.is_available(), label_names=["labels"], max_grad_norm=1.0,
         ),
         train_dataset=targets,
@@ -221,6 +253,9 @@ def _train_interventions(
         callbacks=[Report(progress("training the interventions", arguments.steps))],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to results
+    for folder in checkpoints.glob("checkpoint-*"):
+        if not (folder / "trainer_state.json").exists():  # written last: this one was cut off
+            shutil.rmtree(folder)
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.exists() else None
     trainer.train(resume_from_checkpoint=last)
     (out / "losses.json").write_text(json.dumps(trainer.state.log_history), encoding="utf-8")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from safegene.errors import DataError
-from safegene.evaluation.judges.base import Judge, Label, Message, Verdict, asked
+from safegene.evaluation.judges.base import Judge, Label, Message, Verdict, asked, stand_in
 from safegene.evaluation.judges.rules import RuleJudge
 
-__all__ = ["Judge", "Label", "Message", "RuleJudge", "Verdict", "asked", "default_judge", "load"]
+__all__ = ["Judge", "Label", "Message", "RuleJudge", "Verdict", "asked", "default_judge", "load", "stand_in"]
 
 
 def default_judge() -> Judge:

@@ -46,7 +46,7 @@ PLAIN_CONFIDENCE = 0.97
 
 _PLAIN = re.compile(
     r"\bi(?: am|'m)? ?(?:cannot|can't|can not|won't|will not|unable to|not able to|must decline to) "
-    r"(?:help|assist|provide|fulfil|fulfill|comply|create|generate|engage|do that)\b"
+    r"(?:help(?! but| \w+ing\b)|assist|provide|fulfil|fulfill|comply|create|generate|engage|do that)\b"
 )
 """Narrower than the rules: "I don't think you need a permit" refuses nothing."""
 

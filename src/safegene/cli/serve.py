@@ -1,0 +1,129 @@
+"""safegene serve"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safegene.errors import SafegeneError
+from safegene.models import EMBEDDED
+
+KEY_VARIABLE = "SAFEGENE_API_KEY"
+
+
+def command(
+    model: Annotated[str, typer.Option(help="Model: folder, embedded name or hub id.")] = EMBEDDED,
+    adapter: Annotated[str, typer.Option(help="Adapter of its base: folder, shipped name or hub id.")] = "smollm2-135m-instruct",
+    calibration: Annotated[Path | None, typer.Option(help="What safegene calibrate wrote for this model; without it, calibrates now.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8000,
+    api_key_file: Annotated[Path | None, typer.Option(help=f"File that holds the API key; else ${KEY_VARIABLE}.")] = None,
+    playground: Annotated[bool, typer.Option("--playground", help="Show a page at / that also gives answers without the adapter.")] = False,
+    audit: Annotated[Path | None, typer.Option(help="Append one JSON line an answer to this file.")] = None,
+    audit_text: Annotated[bool, typer.Option("--audit-text", help="Write prompts and answers into it, too.")] = False,
+    max_batch: Annotated[int, typer.Option(min=1, help="Answers generated together.")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of an answer at most.")] = 1024,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: the checkpoint's, which is the default with --calibration.")] = "",
+    allow_drift: Annotated[bool, typer.Option("--allow-drift", help="Serve even when the gate has lost its way here.")] = False,
+) -> None:  # fmt: skip
+    """Answer over HTTP as OpenAI's API does, through a safety adapter that has proved itself armed."""
+    try:
+        import uvicorn
+
+        from safegene.serving.app import create_app
+        from safegene.serving.armed import prove
+        from safegene.serving.audit import Audit
+        from safegene.serving.door import Limits
+        from safegene.serving.engine import Engine
+        from safegene.serving.service import GRACE
+    except ModuleNotFoundError as error:
+        raise SafegeneError(f"serving needs {error.name}; run: pip install 'safegene[serve]'") from error
+    import torch
+
+    from safegene import models
+    from safegene.adapter import SafetyAdapter
+    from safegene.attach import attach
+    from safegene.calibration import Calibration
+
+    if audit_text and audit is None:
+        raise typer.BadParameter("--audit-text needs --audit FILE.")
+    key = read_key(api_key_file)
+    check_address(host, port)
+    if not key and not is_loopback(host):
+        warn(f"anyone who reaches {host}:{port} can ask; give --api-key-file or {KEY_VARIABLE}.")
+    if playground:
+        warn("the playground also gives answers without the adapter; leave --playground out where others can reach it.")
+    log = Audit(audit, text=audit_text) if audit is not None else None
+    gene = SafetyAdapter.from_pretrained(adapter)
+    saved = Calibration.load(calibration) if calibration is not None else None
+    # A calibration is bound to the numbers of the weights, so they must be loaded as safegene calibrate loads them.
+    dtype = dtype or ("auto" if saved else "bfloat16")
+    loaded = models.load(model, dtype=dtype, device="cuda" if torch.cuda.is_available() else "cpu")
+    handle = attach(loaded.model, gene, tokenizer=loaded.tokenizer, calibration=saved, allow_drift=allow_drift)
+    proof = prove(loaded, handle)
+    engine = Engine(loaded, handle, max_batch=max_batch)
+    limits = Limits(max_tokens=max_tokens, concurrency=4 * max_batch)
+    app = create_app(
+        engine, model_name=model, adapter_digest=gene.config.weights_sha256, limits=limits, api_key=key, audit=log,
+        playground=playground, proof=proof,
+    )  # fmt: skip
+    print(
+        f"safegene: armed (threshold {handle.calibration.threshold:.2f}, strength {handle.calibration.strength:.2f}; changed "
+        f"{proof['harmful']['changed']} of {proof['harmful']['read']} harmful anchors); serving {model} at http://{host}:{port}/v1",
+        file=sys.stderr,
+    )
+    engine.start()
+    try:
+        uvicorn.run(
+            app, host=host, port=port, access_log=False, server_header=False, timeout_graceful_shutdown=GRACE + 5
+        )  # fmt: skip
+    finally:
+        engine.stop()
+
+
+def read_key(file: Path | None) -> str:
+    """The API key of a file, or of the environment; "" where there is none.
+
+    Raises:
+        SafegeneError: a file without a usable key, which must not mean that none is asked for.
+    """
+    if file is None:
+        key, where = os.environ.get(KEY_VARIABLE, "").strip(), f"${KEY_VARIABLE}"
+        if not key:
+            return ""
+    else:
+        key, where = file.read_bytes().decode("latin-1").strip(), str(file)
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise SafegeneError(f"{where} holds no API key; write one line of letters, digits and signs without spaces.")
+    return key
+
+
+def check_address(host: str, port: int) -> None:
+    """Find out before the model is loaded that nothing can listen there.
+
+    Raises:
+        SafegeneError: the port is taken, or the host is none of this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise SafegeneError(f"{host}:{port} cannot be listened at ({error.strerror}); give another --host or --port.") from error  # fmt: skip
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def warn(message: str) -> None:
+    print(f"safegene serve: warning: {message}", file=sys.stderr)
