@@ -39,10 +39,14 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[0] not in VERBS:
         print(f"safegene: no verb '{arguments[0]}'; try one of {', '.join(VERBS)}.", file=sys.stderr)
         return 2
-    module = importlib.import_module(f"safegene.cli.{arguments[0]}")
-    from safegene.cli._run import run
+    try:
+        module = importlib.import_module(f"safegene.cli.{arguments[0]}")
+        from safegene.cli._run import run
 
-    return run(arguments[0], module.command, arguments[1:])
+        return run(arguments[0], module.command, arguments[1:])
+    except KeyboardInterrupt:
+        print(f"safegene {arguments[0]}: interrupted before it began.", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -196,14 +196,15 @@ def _cell(
     forced: Protected | None = None
     try:
         protected = chosen.protect(loaded, setting)
+        seconds = time.perf_counter() - start
     except (AttachError, CalibrationError, DriftError) as error:
         # No protection: every harmful request counts as answered; the rest is what the fine-tune does by itself. What the
         # adapter would have done, had it been forced, is measured beside: was it right to refuse?
+        seconds = time.perf_counter() - start
         refused, protected = str(error), METHODS["nothing"]().protect(loaded, setting)
         with contextlib.suppress(AttachError, CalibrationError):
             if isinstance(chosen, Adapter):
                 forced = chosen.force(fine_tune.load() if fine_tune else setting.load(), setting)
-    seconds = time.perf_counter() - start
     outcomes = {key: dict(known.get(key, {})) for key in {**known, **sets}}
     would = {key: dict(some) for key, some in cell.get("forced", {}).items()}
     for key, some in missing.items():
@@ -286,6 +287,7 @@ def summary(cells: Cells) -> dict[str, Any]:
             for name, cell in tuned.items()
             if cell["task_loss"] and (plain := cells.get((name, "nothing"))) and plain["task_loss"]
         ]
+        attached = [c for c in tuned.values() if not c["refused_to_attach"]]
         gentle = [key for key in next(iter(mine.values()))["outcomes"] if key not in HARMFUL]
         found[method] = {
             "source": METHODS[method].source,
@@ -297,9 +299,9 @@ def summary(cells: Cells) -> dict[str, Any]:
             },
             "retention": kept,
             "task_loss_added": float(np.mean(losses)) if losses else None,
-            "seconds": float(np.mean([c["seconds"] for c in tuned.values()])) if tuned else 0.0,
+            "seconds": float(np.mean([c["seconds"] for c in attached])) if attached else 0.0,
             "refused_to_attach": [name for name, c in mine.items() if c["refused_to_attach"]],
-            "cost": next(iter(mine.values()))["cost"],
+            "cost": (attached or list(mine.values()))[0]["cost"],
         }  # fmt: skip
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shlex
 from collections.abc import Sequence
@@ -13,11 +12,9 @@ from typing import Any
 import jinja2
 
 from safegene.errors import DataError
+from safegene.evaluation.plots import COLOURS, figure_of, svg_of
 from safegene.evaluation.runner import read_record
 from safegene.evaluation.statistics import Difference, compare
-
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-"""Okabe and Ito's, which people with any colour vision tell apart."""
 
 
 def _rate(r: dict[str, float]) -> str:
@@ -155,22 +152,6 @@ def commands(run: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _svg(figure: Any) -> str:
-    out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
-    text = out.getvalue()
-    return text[text.index("<svg") :]
-
-
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
 def scatter(runs: Sequence[dict[str, Any]]) -> str:
     """Safety score against over-refusal, a point a run with both intervals; "" where no run has both sides."""
     points = []
@@ -181,13 +162,13 @@ def scatter(runs: Sequence[dict[str, Any]]) -> str:
             points.append((run["label"], good["score"], harm["score"]))
     if not points:
         return ""
-    figure, axes = _figure(6.5, 4.2)
+    figure, axes = figure_of(6.5, 4.2)
     for (label, x, y), colour in zip(points, COLOURS * len(points), strict=False):
         spread = [[[100 * (r["value"] - r["low"])], [100 * (r["high"] - r["value"])]] for r in (x, y)]
         axes.errorbar(100 * x["value"], 100 * y["value"], xerr=spread[0], yerr=spread[1], fmt="o", capsize=3, color=colour, label=label)  # fmt: skip
     axes.set(xlim=(-3, 103), ylim=(-3, 103), xlabel="harmless twins refused, %", ylabel="safety score, %")
     axes.legend(frameon=False, loc="lower right")
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def heat_map(runs: Sequence[dict[str, Any]], suite: str, side: str) -> str:
@@ -198,7 +179,7 @@ def heat_map(runs: Sequence[dict[str, Any]], suite: str, side: str) -> str:
     rows = list(dict.fromkeys(row for _, by in columns for row in by))
     sizes = {row: max(by[row]["n"] for _, by in columns if row in by) for row in rows}
     values = [[100 * by[row]["value"] if row in by else float("nan") for _, by in columns] for row in rows]
-    figure, axes = _figure(3.4 + 1.7 * len(columns), 0.34 * len(rows) + 1.2)
+    figure, axes = figure_of(3.4 + 1.7 * len(columns), 0.34 * len(rows) + 1.2)
     axes.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
     for y, line in enumerate(values):
         for x, value in enumerate(line):
@@ -207,7 +188,7 @@ def heat_map(runs: Sequence[dict[str, Any]], suite: str, side: str) -> str:
     axes.set_xticks(range(len(columns)), [label for label, _ in columns])
     axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
     axes.spines[:].set_visible(False)
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def turns(runs: Sequence[dict[str, Any]]) -> str:
@@ -215,7 +196,7 @@ def turns(runs: Sequence[dict[str, Any]]) -> str:
     lines = [(run["label"], side["by_turn"]) for run in runs if (side := run["suites"].get("multi_turn", {}).get("harmful"))]  # fmt: skip
     if not lines:
         return ""
-    figure, axes = _figure(6.5, 3.4)
+    figure, axes = figure_of(6.5, 3.4)
     for (label, rates), colour in zip(lines, COLOURS * len(lines), strict=False):
         x = range(1, len(rates) + 1)
         axes.plot(x, [100 * r["value"] for r in rates], marker="o", color=colour, label=label)
@@ -225,7 +206,7 @@ def turns(runs: Sequence[dict[str, Any]]) -> str:
     )
     axes.set_xticks(range(1, max(len(r) for _, r in lines) + 1))
     axes.legend(frameon=False)
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def gates(run: dict[str, Any]) -> str:
@@ -237,14 +218,14 @@ def gates(run: dict[str, Any]) -> str:
                 both[0 if o["harmful"] else 1].append(max(-3.0, min(4.0, o["gate"])))
     if not any(both):
         return ""
-    figure, axes = _figure(6.5, 2.8)
+    figure, axes = figure_of(6.5, 2.8)
     for values, label, colour in zip(both, ("harmful", "harmless"), (COLOURS[1], COLOURS[0]), strict=True):
         if values:
             axes.hist(values, bins=[x / 4 - 3 for x in range(29)], histtype="step", linewidth=2, density=True, color=colour, label=f"{label} (n = {len(values)})")  # fmt: skip
     axes.axvline(0, color="#555", linestyle="--", linewidth=1)
     axes.set(xlabel="(s − τ) / w, highest of the prompt; the gate is shut left of 0, full right of 1", ylabel="density")
     axes.legend(frameon=False)
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def write(folders: Sequence[Path], path: Path) -> None:

@@ -1,11 +1,31 @@
-"""The picture of the core results: what the adapter brings back, and what it costs harmless users."""
+"""Colours and figures that all pictures share, and the picture of the core results."""
 
 from __future__ import annotations
 
 import io
 from typing import Any
 
-BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#b8b8b8"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+"""Okabe and Ito's, which people with any colour vision tell apart."""
+BLUE, ORANGE, GREY = COLOURS[0], COLOURS[1], "#b8b8b8"
+
+
+def svg_of(figure: Any) -> str:
+    """The picture as SVG, without the XML head, to stand in a page."""
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :]
+
+
+def figure_of(width: float, height: float) -> tuple[Any, Any]:
+    """A figure of so many inches and its axes, without a frame above and to the right."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
 
 
 def _pooled(sets: dict[str, Any], key: str) -> tuple[float, float, float]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
 from safegene.attach import Handle
-from safegene.errors import GateError
+from safegene.errors import GateError, SafegeneError
 from safegene.models import LoadedModel
 
 Finish = Literal["", "stop", "length", "cancelled", "timeout", "error"]
@@ -64,7 +64,7 @@ class Event:
     error: str = ""
 
 
-@dataclass
+@dataclass(eq=False)
 class Ticket:
     """A request in the engine. `emit` is called in the engine's thread, in order; the last event has a `finish`.
 
@@ -94,7 +94,8 @@ class Ticket:
         """Send the last event, once."""
         if not self.ended:
             self.ended = True
-            self.emit(Event(text, token, finish, error))
+            with contextlib.suppress(Exception):  # whoever asked is gone; the others of the batch are not
+                self.emit(Event(text, token, finish, error))
 
 
 class Engine:
@@ -132,8 +133,11 @@ class Engine:
 
     def submit(self, ticket: Ticket) -> None:
         if not self.armed:
-            raise GateError(f"Protection is not armed ({self.failure or 'engine stopped'}); restart the server.")
+            raise GateError(self._disarmed())
         self._waiting.put(ticket)
+
+    def _disarmed(self) -> str:
+        return f"Protection is not armed ({self.failure or 'engine stopped, or adapter detached'}); restart the server."
 
     def _run(self) -> None:
         stopped = False
@@ -171,7 +175,9 @@ class Engine:
     def _answer(self, batch: Sequence[Ticket]) -> None:
         live = []
         for ticket in batch:
-            if ticket.cancelled:
+            if not self.armed:
+                ticket.end("error", self._disarmed())
+            elif ticket.cancelled:
                 ticket.end("cancelled")
             elif time.monotonic() - ticket.submitted > ticket.sampling.seconds:
                 ticket.end("timeout", "The server was too busy; ask again later.")
@@ -181,7 +187,7 @@ class Engine:
             return
         try:
             self._generate(live)
-        except GateError as error:
+        except SafegeneError as error:  # the gate failed, the adapter was detached, or PEFT's adapters were switched
             self.failure = str(error)
             for ticket in live:
                 ticket.end("error", str(error))
@@ -203,7 +209,7 @@ class Engine:
                 record = stack.enter_context(self.handle.recording())
             else:
                 stack.enter_context(self.handle.disabled())
-            rows = Rows(batch, tokenizer, eos_ids(model), record)
+            rows = Rows(batch, tokenizer, eos_ids(model), record, lambda: bool(self.handle.status()["armed"]))
             model.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=max(t.sampling.max_tokens for t in batch),
                 do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, repetition_penalty=1.0,
@@ -222,8 +228,15 @@ def eos_ids(model: Any) -> set[int]:
 class Rows:
     """The rows of a batch while it runs: draws their tokens, tells their tickets, says which have ended."""
 
-    def __init__(self, tickets: Sequence[Ticket], tokenizer: Any, eos: set[int], record: list[Tensor] | None) -> None:
-        self.tickets, self.tokenizer, self.eos, self.record = tickets, tokenizer, eos, record
+    def __init__(
+        self,
+        tickets: Sequence[Ticket],
+        tokenizer: Any,
+        eos: set[int],
+        record: list[Tensor] | None,
+        armed: Callable[[], bool],
+    ) -> None:
+        self.tickets, self.tokenizer, self.eos, self.record, self.armed = tickets, tokenizer, eos, record, armed
         self.processor, self.criteria = _Draw(self), _End(self)
         self.streams = [DecodeStream([], skip_special_tokens=True) for _ in tickets]
         self.held = [""] * len(tickets)
@@ -239,6 +252,8 @@ class Rows:
 
     def draw(self, scores: Tensor) -> Tensor:
         """Choose every row's next token; scores [rows, vocabulary] → the same with only the chosen tokens left."""
+        if self.record is not None and not self.armed():
+            raise GateError("The adapter was detached while it was serving; nothing more is served.")
         gates = self._gates()
         logprobs = scores.float().log_softmax(-1).cpu()
         chosen = torch.full_like(scores, -math.inf)
@@ -256,8 +271,10 @@ class Rows:
 
     def _sample(self, logprobs: Tensor, wanted: Sampling, row: int) -> int:
         """Temperature, then the smallest set of tokens that holds `top_p` (Holtzman et al. 2020)."""
-        sorted_, order = (logprobs / wanted.temperature).softmax(-1).sort(descending=True)
-        sorted_[sorted_.cumsum(-1) - sorted_ >= wanted.top_p] = 0.0
+        sorted_, order = (logprobs / max(wanted.temperature, 1e-3)).softmax(-1).sort(descending=True)
+        beyond = sorted_.cumsum(-1) - sorted_ >= wanted.top_p
+        beyond[0] = False  # the likeliest is always there
+        sorted_[beyond] = 0.0
         return int(order[torch.multinomial(sorted_, 1, generator=self.generators[row])])
 
     def _gates(self) -> list[float]:
@@ -301,7 +318,8 @@ class Rows:
             ticket.end("timeout", "The answer took too long and was cut off.", text, token)
         else:
             self.held[i] = self.held[i][len(text) :]
-            ticket.emit(Event(text, token))
+            with contextlib.suppress(Exception):
+                ticket.emit(Event(text, token))
 
 
 def until_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:

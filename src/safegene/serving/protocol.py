@@ -17,8 +17,6 @@ from pydantic_core import PydanticCustomError
 from safegene.serving.engine import Event, Token
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
-MIN_TEMPERATURE = 0.01
-"""Below it the answer is greedy: a temperature of 1e-45 overflows, and would take its neighbours in the batch with it."""
 LEAST_LOGPROB = -9999.0
 """OpenAI's number for "very unlikely"; JSON has no −∞."""
 
@@ -69,6 +67,14 @@ def _encodable(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
+
+
+# A temperature of 1e-45 overflows, and a top_p of 1e-309 is 0 in float32: no token would be left to draw, of the neighbours in the
+# batch neither. What is nearly greedy is greedy.
+Temperature = Annotated[
+    float, Field(ge=0, le=2, allow_inf_nan=False), AfterValidator(lambda value: value if value >= 0.01 else 0.0)
+]
+TopP = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), AfterValidator(lambda value: max(value, 1e-6))]
 
 
 def _joined(content: Any) -> Any:
@@ -136,11 +142,11 @@ class StreamOptions(Body):
 
 
 class Asked(Body):
-    """What chat and completions have in common."""
+    """What chat and completions have in common. Temperature and top_p are 1 where they are not given, as OpenAI's are."""
 
     model: Text
-    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
-    top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
     max_tokens: int | None = Field(default=None, ge=1, le=2**31)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: Annotated[tuple[str, ...], BeforeValidator(_stops)] = ()
@@ -154,11 +160,6 @@ class Asked(Body):
     repetition_penalty: Annotated[Any, only(1)] = None
     top_k: Annotated[Any, only(0, -1)] = None
     min_p: Annotated[Any, only(0)] = None
-
-    @property
-    def heat(self) -> float:
-        """The temperature; OpenAI's default is 1."""
-        return 1.0 if self.temperature is None else self.temperature if self.temperature >= MIN_TEMPERATURE else 0.0
 
     @property
     def wants_usage(self) -> bool:
@@ -217,7 +218,7 @@ class CompareRequest(Body):
     """POST /playground/compare."""
 
     messages: list[Message] = Field(min_length=1, max_length=1024)
-    temperature: float = Field(default=0.0, ge=0, le=2, allow_inf_nan=False)
+    temperature: Temperature = 0.0
     max_tokens: int = Field(default=128, ge=1, le=2**31)
 
 

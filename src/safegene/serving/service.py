@@ -141,7 +141,7 @@ class Service:
 
     def sampling(self, body: Asked, prompt: int, asked: int | None, logprobs: int, param: str) -> Sampling:
         return Sampling(
-            max_tokens=self.max_tokens(prompt, asked, param), temperature=body.heat,
+            max_tokens=self.max_tokens(prompt, asked, param), temperature=1.0 if body.temperature is None else body.temperature,
             top_p=1.0 if body.top_p is None else body.top_p, seed=body.seed, stop=body.stop, logprobs=logprobs,
             seconds=self.limits.seconds,
         )  # fmt: skip
