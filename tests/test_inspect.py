@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,13 @@ from inspect_ai.model import ModelOutput, ModelUsage, get_model
 
 from conftest import tiny
 from safegene.evaluation import inspect_tasks
+
+
+@pytest.fixture(autouse=True)
+def swept() -> Iterator[None]:
+    """What Inspect leaves open is collected while its warnings are ignored, not in the middle of another test."""
+    yield
+    gc.collect()
 
 
 @pytest.mark.filterwarnings("ignore")
