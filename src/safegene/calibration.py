@@ -110,14 +110,21 @@ class Calibration:
             raise CalibrationError(f"{path} is no calibration file ({error}); run safegene calibrate again.") from error
 
 
-def end_of_turn(tokenizer: Any, text: str, answer: str = "") -> tuple[list[int], int]:
-    """Token ids of a chat with one user turn, and the index of the first token after the user's words.
+_ROLES = ("user", "assistant")
+
+
+def end_of_turn(
+    tokenizer: Any, text: str, answer: str = "", before: Sequence[tuple[str, str]] = ()
+) -> tuple[list[int], int]:
+    """Token ids of a chat that ends with the user's `text` and what of an answer is there, and the index of the first token
+    after the user's words. `before`: what was asked and answered earlier in the chat.
 
     From that index on, through the template's tokens and the answer, the gate may open.
     """
     if tokenizer.chat_template is None:
         raise CalibrationError("The tokenizer has no chat template; use an instruct model's tokenizer.")
-    chat = [{"role": "user", "content": text}]
+    said = [{"role": role, "content": words} for turn in before for role, words in zip(_ROLES, turn, strict=True)]
+    chat = [*said, {"role": "user", "content": text}]
     rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     end = rendered.rfind(text.strip()) + len(text.strip())
     encoded = tokenizer(rendered + answer, add_special_tokens=False, return_offsets_mapping=True)

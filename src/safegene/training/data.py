@@ -91,6 +91,28 @@ class Pair:
     core: str
 
 
+History = tuple[tuple[str, str], ...]
+"""What a chat holds before its last request: what was asked, and what was answered."""
+
+
+def history(answered: Sequence[tuple[str, str]], refused: Sequence[Pair], rng: random.Random) -> History:
+    """One or two earlier turns: a harmless request with its answer, or a harmful one that was refused. The same kinds stand
+    before harmful and harmless requests, so that what was said before is no reason to refuse, and none to comply."""
+    turns = []
+    for _ in range(rng.choice((1, 1, 2))):
+        if answered and (not refused or rng.random() < 0.6):
+            question, answer = rng.choice(answered)
+            turns.append((question, answer[:EARLIER]))
+        else:
+            pair = rng.choice(refused)
+            turns.append((pair.harmful, refusal(pair, rng)))
+    return tuple(turns)
+
+
+EARLIER = 160
+"""Characters of an earlier answer: long chats cost time, and the last turns weigh most."""
+
+
 def opening(pair: Pair, twin_answer: str, rng: random.Random) -> str:
     """How an answer to the harmful request may have begun to comply: an opening, or up to 40 words of the harmless answer
     to its twin. It is never an answer to the request."""

@@ -26,7 +26,11 @@ from safegene.errors import DataError
 from safegene.gate import Gate
 from safegene.progress import Advance
 from safegene.training import data
-from safegene.training.data import Pair, opening
+from safegene.training.data import History, Pair, opening
+
+CHATS = 0.2
+"""Share of the rows in which something was said before: after a refusal, a gate that had seen single turns alone opened on the
+next harmless request, too (docs/log.md)."""
 
 USER_TOKENS = 8
 """Positions of a harmless user's own words read from each row: the gate must stay shut on prompt text."""
@@ -35,7 +39,7 @@ USER_TOKENS = 8
 @dataclass(frozen=True)
 class GateRow:
     """One chat: token ids; index of the first token after the user's words; index of the prompt's last token, from which
-    on a harmful row should open the gate; its label; the pair it belongs to (−1: none).
+    on a harmful row should open the gate; its label; the pair it belongs to (−1: none); index where the last turn begins.
 
     The template's tokens between the two places carry too little to demand an opening there (docs/log.md): on harmful
     rows they are left free, on harmless ones the gate is shut.
@@ -46,13 +50,18 @@ class GateRow:
     prompt_end: int
     label: AnchorLabel
     pair: int = -1
+    turn: int = 0
 
 
-def gate_row(tokenizer: Any, prompt: str, answer: str, label: AnchorLabel, pair: int = -1) -> GateRow:
-    """Token ids and places of one chat turn (see `calibration.end_of_turn`)."""
-    ids, start = end_of_turn(tokenizer, prompt, answer)
-    prompt_end = len(end_of_turn(tokenizer, prompt)[0]) - 1
-    return GateRow(ids, start, min(prompt_end, len(ids) - 1), label, pair)
+def gate_row(
+    tokenizer: Any, prompt: str, answer: str, label: AnchorLabel, pair: int = -1, before: History = ()
+) -> GateRow:
+    """Token ids and places of a chat's last turn (see `calibration.end_of_turn`)."""
+    ids, start = end_of_turn(tokenizer, prompt, answer, before)
+    prompt_end = len(end_of_turn(tokenizer, prompt, "", before)[0]) - 1
+    # Earlier turns may hold a harmful request, on which the gate rightly opened: nothing is asked of it there.
+    turn = len(end_of_turn(tokenizer, *before[-1], before[:-1])[0]) if before else 0
+    return GateRow(ids, start, min(prompt_end, len(ids) - 1), label, pair, min(turn, start))
 
 
 def gate_rows(
@@ -61,7 +70,12 @@ def gate_rows(
 ) -> list[GateRow]:  # fmt: skip
     """Rows the gate is fitted on: harmful requests, some with an answer that has begun to comply or to refuse, their
     twins and ordinary requests, with the base's harmless answer where there is one. The same openings stand before
-    harmless answers, or "Sure" alone would open the gate (docs/log.md). Without `rng`, prompts alone."""
+    harmless answers, or "Sure" alone would open the gate (docs/log.md), and the same earlier turns before both. Without `rng`,
+    single prompts alone."""
+    answered = [(q, a) for q, a in answers.items() if len(q) < 200 and not data.looks_like_refusal(a)]
+
+    def earlier() -> History:
+        return data.history(answered, pairs, rng) if rng and rng.random() < CHATS else ()
 
     def harmless(text: str) -> str:
         answer = answers.get(text, "")
@@ -74,9 +88,10 @@ def gate_rows(
             refusal, compliant = data.refusal(pair, rng), opening(pair, answers.get(pair.twin, ""), rng)
             # A refusal is read to its end: where the gate shut inside one, it went on in circles (docs/log.md).
             begun = rng.choice((refusal, compliant, compliant + refusal))
-        rows.append(gate_row(tokenizer, pair.harmful, begun, "harmful", number))
-        rows.append(gate_row(tokenizer, pair.twin, harmless(pair.twin), "twin", number))
-    return rows + [gate_row(tokenizer, text, harmless(text), "ordinary") for text in ordinary]
+        before = earlier()
+        rows.append(gate_row(tokenizer, pair.harmful, begun, "harmful", number, before))
+        rows.append(gate_row(tokenizer, pair.twin, harmless(pair.twin), "twin", number, before))
+    return rows + [gate_row(tokenizer, text, harmless(text), "ordinary", -1, earlier()) for text in ordinary]
 
 
 @dataclass
@@ -111,7 +126,7 @@ def read(
         where = torch.arange(row.prompt_end, len(f))
         place = (where > row.prompt_end).long()
         if row.label != "harmful":
-            user = torch.randperm(row.start, generator=generator)[:USER_TOKENS]
+            user = row.turn + torch.randperm(row.start - row.turn, generator=generator)[:USER_TOKENS]
             shut = torch.cat([user, torch.arange(row.start, row.prompt_end)])
             where, place = torch.cat([where, shut]), torch.cat([place, torch.full((len(shut),), -1)])
         xs.append(f[where])

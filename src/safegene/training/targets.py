@@ -14,6 +14,7 @@ from safegene.calibration import end_of_turn
 from safegene.training import data
 from safegene.training.arguments import TrainingArguments
 from safegene.training.data import Pair
+from safegene.training.gate_fit import CHATS
 
 STRENGTH_RANGE = (0.7, 2.2)
 """α in training: calibration raises it on fine-tunes that pull harder (see `safegene.calibration`)."""
@@ -61,6 +62,7 @@ class Targets(Dataset[dict[str, Any]]):
         self.answers = {q: a[:240] for q, a in harmless if not data.looks_like_refusal(a)}
         often = [p for p in pairs if p.category == "self_harm"] * (SUPPORTED - 1)
         self.pairs = sorted([*pairs, *often], key=lambda p: len(p.harmful))
+        self.answered = [(q, a) for q, a in self.answers.items() if len(q) < 200]
         twins = {p.twin for p in pairs}
         # Short rows need no answer of the base: what a misfire begins with is compared at the prompt's end.
         self.ordinary = {
@@ -81,19 +83,24 @@ class Targets(Dataset[dict[str, Any]]):
         whole, at = index % 2 == 1, rng.random()
         n = self.arguments.rows_per_step // (2 if whole else 1)
         harmful = round(n * HARMFUL_SHARE) if self.arguments.misfire_training else n
-        rows = [self._harmful(rng, at, whole) for _ in range(harmful)]
-        rows += [self._harmless(rng, at, whole) for _ in range(n - harmful)]
+        # A whole batch, for one long row would pad all others.
+        chats = self.arguments.misfire_training and rng.random() < CHATS
+        rows = [self._harmful(rng, at, whole, self._before(rng, chats)) for _ in range(harmful)]
+        rows += [self._harmless(rng, at, whole, self._before(rng, chats)) for _ in range(n - harmful)]
         return {"rows": rows, "variant": rng.random(), "strength": rng.uniform(*STRENGTH_RANGE)}
 
-    def _harmful(self, rng: random.Random, at: float, whole: bool) -> dict[str, list[int]]:
+    def _before(self, rng: random.Random, chats: bool) -> data.History:
+        return data.history(self.answered, self.pairs[: len(self.pairs) // 2], rng) if chats else ()
+
+    def _harmful(self, rng: random.Random, at: float, whole: bool, before: data.History) -> dict[str, list[int]]:
         pair = rng.choice(window(self.pairs, at))
         begun = data.opening(pair, self.answers.get(pair.twin, ""), rng) if self._begins(rng) else ""
         answer = data.refusal(pair, rng)
         if begun and rng.random() < 0.5:  # an opening that was broken off in mid-sentence
             begun, answer = begun.rstrip(" :\n"), " " + answer
-        return self._row(pair.harmful, answer, rng, whole, begun)
+        return self._row(pair.harmful, answer, rng, whole, before, begun)
 
-    def _harmless(self, rng: random.Random, at: float, whole: bool) -> dict[str, list[int]]:
+    def _harmless(self, rng: random.Random, at: float, whole: bool, before: data.History) -> dict[str, list[int]]:
         questions = self.questions[whole] and rng.random() < QUESTION_SHARE
         twins = self.questions[whole] if questions else self.twins[whole]
         twin = twins and (not self.ordinary[whole] or rng.random() < TWIN_SHARE)
@@ -101,32 +108,33 @@ class Targets(Dataset[dict[str, Any]]):
         # The same openings as harmful rows, or "Sure" itself would become a reason to refuse (docs/log.md).
         begun = rng.choice(data.OPENINGS) if self._begins(rng) else ""
         begun = begun.rstrip(" :\n") if rng.random() < 0.5 else begun
-        return self._row(question, self.answers.get(question, ""), rng, whole, begun, harmful=False)
+        return self._row(question, self.answers.get(question, ""), rng, whole, before, begun, harmful=False)
 
     def _begins(self, rng: random.Random) -> bool:
         return self.arguments.drift_augmentation and rng.random() < 0.35
 
     def _row(
-        self, prompt: str, answer: str, rng: random.Random, whole: bool, begun: str = "", harmful: bool = True
-    ) -> dict[str, list[int]]:
-        ids, after_words = end_of_turn(self.tokenizer, prompt, begun)
+        self, prompt: str, answer: str, rng: random.Random, whole: bool, before: data.History = (), begun: str = "",
+        harmful: bool = True,
+    ) -> dict[str, list[int]]:  # fmt: skip
+        ids, after_words = end_of_turn(self.tokenizer, prompt, begun, before)
         target = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
         target = [*target, self.tokenizer.eos_token_id] if harmful or not target else target[:HARMLESS_TOKENS]
         target = target if whole else target[:DECISION_TOKENS]
-        prompt_end = len(end_of_turn(self.tokenizer, prompt)[0]) - 1
+        prompt_end = len(end_of_turn(self.tokenizer, prompt, "", before)[0]) - 1
         # The gate is asked to open at the prompt's end; now and then it opens on the template's tokens before, or wakes
         # late, as it does in an answer that slides into compliance.
-        draw, before = rng.random(), -1
+        draw, earlier = rng.random(), -1
         if draw < 0.2:
             first = after_words
         elif draw < 0.8 or not begun:
             first = prompt_end
         else:
-            first, before = rng.randint(min(prompt_end, len(ids) - 1), len(ids) - 1), 0
+            first, earlier = rng.randint(min(prompt_end, len(ids) - 1), len(ids) - 1), 0
         last = max(prompt_end, first)
         # Elsewhere the gate is what it is, or, on a model that drifted further, shut again.
         after = rng.choice((-1, -1, -1, 0))
-        opened = [before] * first + [1] * (last + 1 - first) + [after] * (len(ids) + len(target) - last - 1)
+        opened = [earlier] * first + [1] * (last + 1 - first) + [after] * (len(ids) + len(target) - last - 1)
         if whole and not harmful and rng.random() < LATE_MISFIRES:
             words = range(after_words - len(prompt.split()), after_words)
             at = rng.choice(words) if rng.random() < 0.25 else len(ids) + rng.randrange(len(target))
