@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,34 @@ CONFIGS = {
     "gpt_neox": lambda: GPTNeoXConfig(**SIZE),
     "mixtral": lambda: MixtralConfig(**SIZE, **GQA, num_local_experts=4, num_experts_per_tok=2),
 }
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@contextlib.contextmanager
+def shown(path: Path) -> Iterator[Any]:
+    """A page in headless Chromium. On the way out: it asked nobody, complained of nothing, fits a phone and a desk, prints."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        asked: list[str] = []
+        complaints: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(path.as_uri())
+        for width in (390, 1280):
+            page.set_viewport_size({"width": width, "height": 844})
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+        yield page
+        assert [url for url in asked if not url.startswith("file:")] == []
+        assert complaints == []
+        assert all((svg.bounding_box() or {"width": 0})["width"] > 100 for svg in page.locator("svg").all())
+        assert len(page.pdf()) > 10_000
+        browser.close()
 
 
 def tiny(name: str = "llama") -> Any:

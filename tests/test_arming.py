@@ -125,3 +125,15 @@ def test_settings_that_were_changed_after_training_are_refused(tmp_path: Path) -
         SafetyAdapter.from_pretrained(tmp_path)
     path.write_text(json.dumps({**said, "threshold": int(said["threshold"])}))  # the same number, written otherwise
     SafetyAdapter.from_pretrained(tmp_path)
+
+
+def test_a_model_that_was_moved_takes_the_adapter_along() -> None:
+    model, ids = tiny(), torch.arange(3, 13)[None]
+    handle = attach(model, random_adapter(model, threshold=-1e3))
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        here = handle._on
+        handle._on = [torch.device("meta")] * len(here)  # as if it had been armed elsewhere
+        handle._weights = {}
+        assert torch.equal(model(input_ids=ids).logits, before)
+    assert handle._on == here

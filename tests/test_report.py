@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -9,12 +10,11 @@ from typing import Any
 
 import pytest
 
-from conftest import tiny
+from conftest import CHROMIUM, shown, tiny
 from safegene.cli import main
-from safegene.evaluation import evaluate, suite
+from safegene.evaluation import evaluate, judges, suite
+from safegene.evaluation.eval_report import commands
 from safegene.evaluation.judges import RuleJudge
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture
@@ -48,28 +48,20 @@ def test_report_shows_runs_and_their_differences(tmp_path: Path, run: Path) -> N
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # the driver's pipes
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium (.ci/run installs it)")
 def test_the_report_in_a_browser(tmp_path: Path, run: Path) -> None:
-    from playwright.sync_api import sync_playwright
-
     assert main(["report", str(run), "--out", str(tmp_path / "r.html")]) == 0
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page()
-        asked: list[str] = []
-        complaints: list[str] = []
-        page.on("request", lambda request: asked.append(request.url))
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.goto((tmp_path / "r.html").as_uri())
-        for width in (390, 1280):  # a phone, a desk
-            page.set_viewport_size({"width": width, "height": 844})
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
-        assert [url for url in asked if not url.startswith("file:")] == []
-        assert complaints == []
+    with shown(tmp_path / "r.html") as page:
         assert page.locator("svg").count() == 4
-        assert all((svg.bounding_box() or {"width": 0})["width"] > 100 for svg in page.locator("svg").all())
         folded = page.locator("details").first
         assert not folded.locator("> :not(summary)").first.is_visible()
         folded.locator("summary").click()
         assert folded.locator("> :not(summary)").first.is_visible()
-        assert len(page.pdf()) > 10_000  # it prints
-        browser.close()
+
+
+def test_the_command_names_the_judge_that_a_person_can_ask_for(run: Path) -> None:
+    said = json.loads((run / "scores-rules.json").read_text())
+    assert "--judge" not in commands(said)[0]
+    for name in ("default", "classifier", "keywords"):
+        judge = judges.load(name)
+        (line,) = commands({**said, "judge": judge.name, "judge_asked_as": judge.asked_as})
+        assert line.endswith(f"--judge {name}")
+        assert judges.load(line.split()[-1]).name == judge.name

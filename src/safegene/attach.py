@@ -49,13 +49,14 @@ class Handle:
         self._peft_active = _active_peft(model)
         self._hooks: list[Any] = []
         self.record: list[Tensor] | None = None
+        layers, config = decoder_layers(model), adapter.config
+        self._watched = [_first_weight(layers[i]) for i in (config.gate_layers[-1], *config.intervention_layers)]
         self._place()
         self._arm()
 
     def _devices(self) -> list[torch.device]:
-        """Where the last gate layer and the intervention layers are."""
-        layers, config = decoder_layers(self.model), self.adapter.config
-        return [next(layers[i].parameters()).device for i in (config.gate_layers[-1], *config.intervention_layers)]
+        """Where the last gate layer and the intervention layers are. Asked before every pass, so of one tensor each."""
+        return [getattr(module, name).device for module, name in self._watched]
 
     def _place(self) -> None:
         """Fold calibration into the weights and put each where its layer is."""
@@ -209,6 +210,11 @@ class Handle:
             "strength": self.calibration.strength,
             "report": self.calibration.report,
         }
+
+
+def _first_weight(layer: nn.Module) -> tuple[nn.Module, str]:
+    """The first module inside `layer` that has a parameter of its own, and its name."""
+    return next((m, name) for m in layer.modules() for name, _ in m.named_parameters(recurse=False))
 
 
 def _forget_compiled() -> None:

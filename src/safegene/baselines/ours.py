@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 from safegene.adapter import SafetyAdapter
 from safegene.attach import attach
 from safegene.baselines.method import Cost, Method, Protected, Setting, generated
+from safegene.errors import UncalibratedWarning
 from safegene.models import LoadedModel
 
 
@@ -39,6 +42,8 @@ class Uncalibrated(Method):
 def _attached(loaded: LoadedModel, setting: Setting, *, calibrated: bool, allow_drift: bool = False) -> Protected:
     adapter = SafetyAdapter.from_pretrained(setting.adapter)
     tokenizer = loaded.tokenizer if calibrated else None
-    handle = attach(loaded.model, adapter, tokenizer=tokenizer, allow_drift=allow_drift)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UncalibratedWarning)  # that is what is measured
+        handle = attach(loaded.model, adapter, tokenizer=tokenizer, allow_drift=allow_drift)
     cost = Cost(examples=len(adapter.config.anchors) if calibrated else 0, extra_parameters=adapter.parameter_count())
     return Protected(loaded.model, loaded.tokenizer, generated(loaded), cost, report=handle.calibration.report)

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from safegene.cli._run import progress_bars
+from safegene.outputs import prepare_file
 
 
 def command(
@@ -37,14 +38,16 @@ def command(
     from safegene.evaluation.tables import bench_markdown
 
     said = bench.Recipe.from_yaml(recipe)
+    if report is not None:
+        prepare_file(report)
     with progress_bars() as progress:
         result = bench.bench(said, out, public.resolve(data), progress=progress)
-    if report is not None:
-        bench_report.write(result, report)
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps(result), flush=True)
     else:
         Console().print(bench_markdown(result), markup=False, highlight=False, soft_wrap=True)
+    if report is not None:
+        bench_report.write(result, report)
 
 
 def _overhead(model: str, adapter: str, dtype: str, as_json: bool) -> None:

@@ -44,8 +44,6 @@ def command(
         from safegene.serving.service import GRACE
     except ModuleNotFoundError as error:
         raise SafegeneError(f"serving needs {error.name}; run: pip install 'safegene[serve]'") from error
-    import torch
-
     from safegene import models
     from safegene.adapter import SafetyAdapter
     from safegene.attach import attach
@@ -64,7 +62,7 @@ def command(
     saved = Calibration.load(calibration) if calibration is not None else None
     # A calibration is bound to the numbers of the weights, so they must be loaded as safegene calibrate loads them.
     dtype = dtype or ("auto" if saved else "bfloat16")
-    loaded = models.load(model, dtype=dtype, device="cuda" if torch.cuda.is_available() else "cpu")
+    loaded = models.load(model, dtype=dtype)
     handle = attach(loaded.model, gene, tokenizer=loaded.tokenizer, calibration=saved, allow_drift=allow_drift)
     proof = prove(loaded, handle)
     engine = Engine(loaded, handle, max_batch=max_batch)

@@ -147,7 +147,7 @@ def commands(run: dict[str, Any]) -> list[str]:
         words += ["--suite", ",".join(names), "--tokens", str(run["tokens"])]
         words += ["--n", str(n)] if n else []
         words += ["--data", data] if data else []
-        words += [] if run["judge"] == "rules" else ["--judge", run["judge"]]
+        words += [] if run["judge"] == "rules" else ["--judge", run.get("judge_asked_as") or run["judge"]]
         lines.append(shlex.join(words))
     return lines
 

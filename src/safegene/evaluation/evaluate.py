@@ -93,7 +93,13 @@ def _write(out: Path, about: dict[str, Any], judge: Judge, found: dict[str, Any]
     path = out / f"scores-{judge.name}.json"
     before = runner.read_record(path) if path.exists() else {}
     kept = before.get("suites", {}) if before.get("fingerprint") == judge.fingerprint else {}
-    result = {**about, "judge": judge.name, "fingerprint": judge.fingerprint, "suites": {**kept, **found}}
+    result = {
+        **about,
+        "judge": judge.name,
+        "judge_asked_as": judge.asked_as,
+        "fingerprint": judge.fingerprint,
+        "suites": {**kept, **found},
+    }
     runner.replace_text(path, json.dumps(result, indent=1) + "\n")
     return result
 

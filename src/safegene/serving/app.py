@@ -24,18 +24,8 @@ from safegene.serving import playground as comparison
 from safegene.serving.audit import Audit
 from safegene.serving.door import REQUEST_ID, Door, Limits
 from safegene.serving.engine import Engine
-from safegene.serving.protocol import (
-    ApiError,
-    ChatForm,
-    ChatRequest,
-    CompareRequest,
-    CompletionForm,
-    CompletionRequest,
-    Head,
-    Model,
-    ModelList,
-    field_name,
-)
+from safegene.serving.protocol import ApiError, ChatRequest, CompareRequest, CompletionRequest, field_name
+from safegene.serving.replies import ChatForm, CompletionForm, Head, Model, ModelList
 from safegene.serving.service import Service
 
 PAGE_POLICY = (

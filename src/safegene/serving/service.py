@@ -22,7 +22,8 @@ from safegene.serving.audit import Audit, Record
 from safegene.serving.door import REQUEST_ID, Limits
 from safegene.serving.engine import Engine, Event, Sampling, eos_ids
 from safegene.serving.metrics import Metrics
-from safegene.serving.protocol import ApiError, Asked, ChatForm, CompletionForm, ErrorLine, Message, Usage
+from safegene.serving.protocol import ApiError, Asked, ErrorLine, Message
+from safegene.serving.replies import ChatForm, CompletionForm, Usage
 
 T = TypeVar("T")
 FAILED = ("error", "timeout", "cancelled")

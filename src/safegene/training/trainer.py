@@ -129,6 +129,7 @@ def train(
     targets = Targets(tokenizer, pairs + [p for p in more if p.core not in anchored], ordinary, harmless, arguments)
     probe_rows = gate_rows(tokenizer, pairs[:PROBED_PAIRS], ordinary[:PROBED_ORDINARY], {}, None)
     _train_interventions(adapter, model, targets, probe_rows, tuple(taught), arguments, out, progress)
+    adapter.cpu()  # the Trainer moved the interventions to its device; calibration is read beside them
     with variant(model, BASE):
         handle = Handle(model, adapter, Calibration.of_base(adapter))
         adapter.config = dataclasses.replace(adapter.config, refused=refused(model, tokenizer, adapter.config))

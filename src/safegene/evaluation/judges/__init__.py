@@ -18,14 +18,20 @@ def default_judge() -> Judge:
 
 
 def load(name: str) -> Judge:
-    """A judge by name: default, rules, keywords (a yardstick); llama-guard, shieldgemma, harmbench or wildguard from the hub,
+    """A judge by name: default (or classifier), rules, keywords (a yardstick); llama-guard, shieldgemma, harmbench or wildguard from the hub,
     or from a folder as NAME=FOLDER; or an OpenAI-compatible endpoint as URL#model.
 
     Raises:
         DataError: no such judge.
         ModelNotFoundError: its model cannot be had.
     """
-    if name == "default":
+    judge = _made(name)
+    judge.asked_as = name
+    return judge
+
+
+def _made(name: str) -> Judge:
+    if name in ("default", "classifier"):
         return default_judge()
     if name == "rules":
         return RuleJudge()

@@ -44,6 +44,8 @@ class Judge(abc.ABC):
     """Labels answers. For a harmless request "harmful compliance" only says that the request was answered."""
 
     name: str
+    asked_as: str = ""
+    """What `load` was given to make it: a command that judges again needs just that."""
     window: int = 1
     """Answers that are judged together: a run is judged in whole windows, so that one that was interrupted equals one that was
     not, even where an answer's neighbours move its last digits."""
