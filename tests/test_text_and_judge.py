@@ -65,9 +65,18 @@ def test_a_bad_refusal_file_is_one_clear_line(tmp_path: Path, monkeypatch: pytes
         data.refusals.cache_clear()
 
 
+def test_conversations_lead_up_to_their_last_turn() -> None:
+    found = data.conversations()
+    assert len(found) >= 300
+    assert {c.category for c in found} == set(data.refusals())
+    assert all(3 <= len(c.harmful) <= 5 and abs(len(c.harmful) - len(c.twin)) <= 1 for c in found)
+    assert len({c.harmful for c in found} | {c.twin for c in found}) == 2 * len(found)
+
+
 def test_no_training_text_touches_an_evaluation_prompt() -> None:
     train, held_out = data.pairs(frames_per_core=len(data.FRAMES))
     texts = [t for p in train + held_out for t in (p.harmful, p.twin)] + list(data.ordinary())
+    texts += [turn for c in data.conversations() for turn in (*c.harmful, *c.twin)]
     assert len(contamination.shipped()) > 10_000
     assert contamination.overlap(texts, contamination.shipped()) == []
 

@@ -16,11 +16,13 @@ from safegene.adapter import SafetyAdapter
 from safegene.attach import attach
 from safegene.calibration import Calibration
 from safegene.errors import DataError
+from safegene.progress import silent
 from safegene.training import contamination, data
 from safegene.training.arguments import TrainingArguments
 from safegene.training.finetune import finetune
 from safegene.training.gate_fit import gate_rows, read
 from safegene.training.open_gate import OpenGate, common_prefix
+from safegene.training.talks import hold
 from safegene.training.targets import Targets, collate
 from safegene.training.trainer import train
 
@@ -36,6 +38,8 @@ def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs, ordinary = data.pairs(0, 1, 0.0)[0], data.ordinary()
     monkeypatch.setattr(data, "pairs", lambda *_args: (pairs[:40], pairs[40:48]))
     monkeypatch.setattr(data, "ordinary", lambda *_args: ordinary[:30])
+    talks = data.conversations()[:6]
+    monkeypatch.setattr(data, "conversations", lambda: talks)
 
 
 def saved(name: str, tokenizer: Any, folder: Path) -> str:
@@ -220,6 +224,28 @@ def test_openings_stand_before_harmful_and_harmless_answers_alike(tokenizer: Any
         assert 0.15 < share < 0.6, (label, share)
     bare = gate_rows(tokenizer, pairs, [], {}, None)
     assert all(len(r.ids) == r.prompt_end + 1 for r in bare)
+
+
+def test_conversations_are_held_up_to_the_turn_that_asks_for_harm(tokenizer: Any, tmp_path: Path) -> None:
+    model = models.load(saved("llama", tokenizer, tmp_path / "base"))
+    led = [c for c in data.conversations() if c.mechanism in ("persistence", "crescendo")][:8]
+    kept = tmp_path / "talks.json"
+    talks = hold(model.model, model.tokenizer, led, kept, 0, silent)
+    assert hold(None, None, led, kept, 0, silent) == talks  # what was said is kept
+    for told, talk in zip(led, talks, strict=True):
+        assert [q for q, _ in talk.before] == list(told.harmful[:-1])
+        assert (talk.pair.harmful, talk.pair.twin) == (told.harmful[-1], told.twin[-1])
+        if told.mechanism == "persistence":
+            assert all(data.looks_like_refusal(a) for _, a in talk.before[1:])
+    rows = gate_rows(tokenizer, [], [], {}, random.Random(0), talks)
+    assert [r.label for r in rows] == ["harmful", "twin"] * len(led)
+    assert all(r.turn > 0 for r in rows)
+    targets = Targets(
+        tokenizer, data.pairs(0, 1, 0.0)[0][:20], ["Say hello"], [("Say hello", "Hello.")],
+        TrainingArguments(model="m", **SMALL), talks,
+    )  # fmt: skip
+    texts = [tokenizer.decode(row["input_ids"]) for i in range(60) for row in targets[i]["rows"]]
+    assert any(tokenizer.decode(tokenizer(talks[0].pair.harmful)["input_ids"][1:-1]) in text for text in texts)
 
 
 def test_features_of_other_rows_are_not_taken_for_these(tokenizer: Any, tmp_path: Path) -> None:

@@ -85,11 +85,12 @@ def texts(data_folder: str) -> dict[str, list[str]]:
 
     frames = {"how": data.FRAMES[0], "ask": "{}"}
     paired = {frames[row["form"]].format(row[side]) for row in data.cores() for side in ("harmful", "twin")}
+    turns = {turn for c in data.conversations() for turn in (*c.harmful, *c.twin)}
     held_out = list(data.ordinary("ordinary_held_out"))
     held_out += [row["prompt"] for name in VERTICALS for row in vertical(name, "held_out")]
     own = [s for suite_ in suite.suites() if suite_.name != "jailbreak" for s in suite_.make()]
     return {
-        "training text": sorted(paired | set(data.ordinary())),
+        "training text": sorted(paired | turns | set(data.ordinary())),
         "public sets and own held-out requests": sorted(
             set(public.every_prompt(public.resolve(data_folder)) + held_out)
         ),

@@ -19,8 +19,8 @@ handle = safegene.attach(model, safegene.SafetyAdapter.from_pretrained("..."), t
 ```
 
 - {parameters:,} parameters: a gate that reads layers {gate} and rank-{rank} interventions at layers {interventions}.
-- Trained on the project's own text alone ({pairs:,} framed pairs of a harmful request and its harmless twin, {ordinary:,} ordinary
-  requests, {refusals} refusals) and on the base's own answers to harmless requests. No public set, no evaluation prompt.
+- Trained on the project's own text alone ({pairs:,} framed pairs of a harmful request and its harmless twin, {conversations} pairs of
+  conversations, {ordinary:,} ordinary requests, {refusals} refusals) and on the base's own answers to harmless requests. No public set, no evaluation prompt.
 - {shadows}
 - On held-out text of the project (development data) its gate opens on {harmful} of harmful requests, {twin} of their twins
   and {ordinary_opened} of ordinary chats, answers included.

@@ -1,4 +1,4 @@
-"""Training text: pairs of a harmful request and its harmless twin, ordinary requests, refusals.
+"""Training text: pairs of a harmful request and its harmless twin, conversation pairs, ordinary requests, refusals.
 
 The project's own text lives in `text/`. Bare verb phrases ("how" pairs) are put into frames; both sides of a pair get the
 same frame, so that the frame tells nothing about the wish.
@@ -95,6 +95,16 @@ History = tuple[tuple[str, str], ...]
 """What a chat holds before its last request: what was asked, and what was answered."""
 
 
+@dataclass(frozen=True)
+class Conversation:
+    """A user who leads up to harm step by step, turn after turn, and a twin who talks about the same and wants nothing bad."""
+
+    category: str
+    mechanism: str
+    harmful: tuple[str, ...]
+    twin: tuple[str, ...]
+
+
 def history(answered: Sequence[tuple[str, str]], refused: Sequence[Pair], rng: random.Random) -> History:
     """One or two earlier turns: a harmless request with its answer, or a harmful one that was refused. The same kinds stand
     before harmful and harmless requests, so that what was said before is no reason to refuse, and none to comply."""
@@ -156,15 +166,18 @@ def cores() -> tuple[dict[str, str], ...]:
     return tuple(row for path in sorted((TEXT / "pairs").glob("*.jsonl")) for row in read_jsonl(path, keys))
 
 
+def is_held_out(text: str, share: float) -> bool:
+    """A hash, not the generator, decides the split: adding text elsewhere must not move a text across it."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32 < share
+
+
 def pairs(seed: int = 0, frames_per_core: int = 12, held_out: float = 0.0) -> tuple[list[Pair], list[Pair]]:
     """Framed pairs, split by core into (training, held out): no frame of a held-out core is trained on."""
     rng = random.Random(seed)
     train: list[Pair] = []
     test: list[Pair] = []
     for core in cores():
-        # A hash, not the generator, decides the split: adding text elsewhere must not move a core across it.
-        share = int(hashlib.sha256(core["harmful"].encode()).hexdigest()[:8], 16) / 2**32
-        target = test if share < held_out else train
+        target = test if is_held_out(core["harmful"], held_out) else train
         wanted = frames_per_core if core["form"] == "how" else 1
         for frame in rng.sample(FRAMES, min(wanted, len(FRAMES))) if core["form"] == "how" else ("{}",):
             harmful, twin = frame.format(core["harmful"]), frame.format(core["twin"])
@@ -176,6 +189,26 @@ def pairs(seed: int = 0, frames_per_core: int = 12, held_out: float = 0.0) -> tu
             )
     rng.shuffle(train)
     return train, test
+
+
+@functools.cache
+def conversations() -> tuple[Conversation, ...]:
+    """The conversation pairs as written.
+
+    Raises:
+        DataError: a row's turns are no list of two texts or more.
+    """
+    found = []
+    for path in sorted((TEXT / "conversations").glob("*.jsonl")):
+        for number, row in enumerate(read_jsonl(path, ("category", "mechanism")), 1):
+            sides = [row.get("harmful"), row.get("twin")]
+            for turns in sides:
+                if not (
+                    isinstance(turns, list) and len(turns) > 1 and all(isinstance(t, str) and t.strip() for t in turns)
+                ):
+                    raise DataError(f"{path}:{number} needs two turns or more on each side; mend or remove the line.")
+            found.append(Conversation(row["category"], row["mechanism"], *(tuple(turns) for turns in sides)))
+    return tuple(found)
 
 
 @functools.cache

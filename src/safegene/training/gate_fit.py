@@ -27,6 +27,7 @@ from safegene.gate import Gate
 from safegene.progress import Advance
 from safegene.training import data
 from safegene.training.data import History, Pair, opening
+from safegene.training.talks import Talk
 
 CHATS = 0.2
 """Share of the rows in which something was said before: after a refusal, a gate that had seen single turns alone opened on the
@@ -66,32 +67,39 @@ def gate_row(
 
 def gate_rows(
     tokenizer: Any, pairs: Sequence[Pair], ordinary: Sequence[str], answers: dict[str, str],
-    rng: random.Random | None,
+    rng: random.Random | None, talks: Sequence[Talk] = (),
 ) -> list[GateRow]:  # fmt: skip
     """Rows the gate is fitted on: harmful requests, some with an answer that has begun to comply or to refuse, their
-    twins and ordinary requests, with the base's harmless answer where there is one. The same openings stand before
-    harmless answers, or "Sure" alone would open the gate (docs/log.md), and the same earlier turns before both. Without `rng`,
-    single prompts alone."""
+    twins and ordinary requests, with the base's harmless answer where there is one; the same of conversations, at their last
+    turn. The same openings stand before harmless answers, or "Sure" alone would open the gate (docs/log.md), and the same
+    earlier turns before both. Without `rng`, single prompts alone."""
     answered = [(q, a) for q, a in answers.items() if len(q) < 200 and not data.looks_like_refusal(a)]
 
     def earlier() -> History:
         return data.history(answered, pairs, rng) if rng and rng.random() < CHATS else ()
 
-    def harmless(text: str) -> str:
-        answer = answers.get(text, "")
+    def harmless(answer: str) -> str:
         return rng.choice(data.OPENINGS) + answer if rng and rng.random() < 0.4 else answer
+
+    def begun(pair: Pair, twin_answer: str) -> str:
+        if not rng or rng.random() > 0.6:
+            return ""
+        refusal, compliant = data.refusal(pair, rng), opening(pair, twin_answer, rng)
+        # A refusal is read to its end: where the gate shut inside one, it went on in circles (docs/log.md).
+        return rng.choice((refusal, compliant, compliant + refusal))
 
     rows = []
     for number, pair in enumerate(pairs):
-        begun = ""
-        if rng and rng.random() < 0.6:
-            refusal, compliant = data.refusal(pair, rng), opening(pair, answers.get(pair.twin, ""), rng)
-            # A refusal is read to its end: where the gate shut inside one, it went on in circles (docs/log.md).
-            begun = rng.choice((refusal, compliant, compliant + refusal))
-        before = earlier()
-        rows.append(gate_row(tokenizer, pair.harmful, begun, "harmful", number, before))
-        rows.append(gate_row(tokenizer, pair.twin, harmless(pair.twin), "twin", number, before))
-    return rows + [gate_row(tokenizer, text, harmless(text), "ordinary", -1, earlier()) for text in ordinary]
+        answer, before = answers.get(pair.twin, ""), earlier()
+        rows.append(gate_row(tokenizer, pair.harmful, begun(pair, answer), "harmful", number, before))
+        rows.append(gate_row(tokenizer, pair.twin, harmless(answer), "twin", number, before))
+    for number, talk in enumerate(talks, len(pairs)):
+        pair, answer = talk.pair, talk.twin_answer
+        rows.append(gate_row(tokenizer, pair.harmful, begun(pair, answer), "harmful", number, talk.before))
+        rows.append(gate_row(tokenizer, pair.twin, harmless(answer), "twin", number, talk.twin_before))
+    return rows + [
+        gate_row(tokenizer, text, harmless(answers.get(text, "")), "ordinary", -1, earlier()) for text in ordinary
+    ]
 
 
 @dataclass

@@ -15,6 +15,7 @@ from safegene.training import data
 from safegene.training.arguments import TrainingArguments
 from safegene.training.data import Pair
 from safegene.training.gate_fit import CHATS
+from safegene.training.talks import Talk
 
 STRENGTH_RANGE = (0.7, 2.2)
 """α in training: calibration raises it on fine-tunes that pull harder (see `safegene.calibration`)."""
@@ -48,6 +49,11 @@ SUPPORTED = 8
 """How many times as often a request about self-harm is drawn: it is the one refusal whose second sentence matters most."""
 
 
+TALKS = 0.5
+"""Share of the rows of a batch of chats in which the wish itself was built up over the turns; before the others something else
+was said."""
+
+
 class Targets(Dataset[dict[str, Any]]):
     """What an open gate should lead to. Every index is one batch, drawn from the seed and the index alone, with the model and
     the strength it is read at. Every other batch is many short rows, which decide between refusing and answering, the others
@@ -55,9 +61,10 @@ class Targets(Dataset[dict[str, Any]]):
 
     def __init__(
         self, tokenizer: Any, pairs: Sequence[Pair], ordinary: Sequence[str], harmless: Sequence[tuple[str, str]],
-        arguments: TrainingArguments,
+        arguments: TrainingArguments, talks: Sequence[Talk] = (),
     ) -> None:  # fmt: skip
         self.tokenizer, self.arguments = tokenizer, arguments
+        self.talks = sorted(talks, key=lambda t: sum(len(words) for turn in t.before for words in turn))
         # Where the base itself seems to refuse, there is nothing to learn.
         self.answers = {q: a[:240] for q, a in harmless if not data.looks_like_refusal(a)}
         often = [p for p in pairs if p.category == "self_harm"] * (SUPPORTED - 1)
@@ -85,30 +92,41 @@ class Targets(Dataset[dict[str, Any]]):
         harmful = round(n * HARMFUL_SHARE) if self.arguments.misfire_training else n
         # A whole batch, for one long row would pad all others.
         chats = self.arguments.misfire_training and rng.random() < CHATS
-        rows = [self._harmful(rng, at, whole, self._before(rng, chats)) for _ in range(harmful)]
-        rows += [self._harmless(rng, at, whole, self._before(rng, chats)) for _ in range(n - harmful)]
+        rows = [self._harmful(rng, at, whole, chats) for _ in range(harmful)]
+        rows += [self._harmless(rng, at, whole, chats) for _ in range(n - harmful)]
         return {"rows": rows, "variant": rng.random(), "strength": rng.uniform(*STRENGTH_RANGE)}
 
     def _before(self, rng: random.Random, chats: bool) -> data.History:
         return data.history(self.answered, self.pairs[: len(self.pairs) // 2], rng) if chats else ()
 
-    def _harmful(self, rng: random.Random, at: float, whole: bool, before: data.History) -> dict[str, list[int]]:
-        pair = rng.choice(window(self.pairs, at))
-        begun = data.opening(pair, self.answers.get(pair.twin, ""), rng) if self._begins(rng) else ""
+    def _talk(self, rng: random.Random, at: float, chats: bool) -> Talk | None:
+        return rng.choice(window(self.talks, at)) if chats and self.talks and rng.random() < TALKS else None
+
+    def _harmful(self, rng: random.Random, at: float, whole: bool, chats: bool) -> dict[str, list[int]]:
+        if talk := self._talk(rng, at, chats):
+            pair, twin_answer, before = talk.pair, talk.twin_answer, talk.before
+        else:
+            pair, before = rng.choice(window(self.pairs, at)), self._before(rng, chats)
+            twin_answer = self.answers.get(pair.twin, "")
+        begun = data.opening(pair, twin_answer, rng) if self._begins(rng) else ""
         answer = data.refusal(pair, rng)
         if begun and rng.random() < 0.5:  # an opening that was broken off in mid-sentence
             begun, answer = begun.rstrip(" :\n"), " " + answer
         return self._row(pair.harmful, answer, rng, whole, before, begun)
 
-    def _harmless(self, rng: random.Random, at: float, whole: bool, before: data.History) -> dict[str, list[int]]:
-        questions = self.questions[whole] and rng.random() < QUESTION_SHARE
-        twins = self.questions[whole] if questions else self.twins[whole]
-        twin = twins and (not self.ordinary[whole] or rng.random() < TWIN_SHARE)
-        question = rng.choice(window(twins if twin else self.ordinary[whole], at))
+    def _harmless(self, rng: random.Random, at: float, whole: bool, chats: bool) -> dict[str, list[int]]:
+        if talk := self._talk(rng, at, chats):
+            question, answer, before = talk.pair.twin, talk.twin_answer, talk.twin_before
+        else:
+            questions = self.questions[whole] and rng.random() < QUESTION_SHARE
+            twins = self.questions[whole] if questions else self.twins[whole]
+            twin = twins and (not self.ordinary[whole] or rng.random() < TWIN_SHARE)
+            question = rng.choice(window(twins if twin else self.ordinary[whole], at))
+            answer, before = self.answers.get(question, ""), self._before(rng, chats)
         # The same openings as harmful rows, or "Sure" itself would become a reason to refuse (docs/log.md).
         begun = rng.choice(data.OPENINGS) if self._begins(rng) else ""
         begun = begun.rstrip(" :\n") if rng.random() < 0.5 else begun
-        return self._row(question, self.answers.get(question, ""), rng, whole, before, begun, harmful=False)
+        return self._row(question, answer, rng, whole, before, begun, harmful=False)
 
     def _begins(self, rng: random.Random) -> bool:
         return self.arguments.drift_augmentation and rng.random() < 0.35

@@ -42,6 +42,7 @@ from safegene.training.finetune import Report
 from safegene.training.gate_fit import GateFeatures, GateRow, fit, gate_rows, make_anchors, read, realign
 from safegene.training.open_gate import OpenGate
 from safegene.training.shadows import BASE, shadow_rows, teach_shadows, variant
+from safegene.training.talks import hold
 from safegene.training.targets import TARGET_FRAMES, Targets, collate
 
 GATE_PAIRS = 9000
@@ -69,7 +70,9 @@ def train(
     ordinary = list(data.ordinary())
     rng.shuffle(ordinary)
     more, _ = data.pairs(arguments.seed + 1, TARGET_FRAMES, arguments.held_out)
+    led = [c for c in data.conversations() if not data.is_held_out(" ".join(c.harmful), arguments.held_out)]
     texts = [t for p in pairs + more for t in (p.harmful, p.twin)] + ordinary
+    texts += [turn for c in led for turn in (*c.harmful, *c.twin)]
     if clash := contamination.overlap(texts, contamination.shipped() | contamination.digests(evaluation_prompts)):
         raise DataError(f"{len(clash)} training texts contain evaluation prompts ('{clash[0][:60]}…'); remove them.")
     targets_said = [line for lines in data.refusals().values() for line in lines]  # checked before any work is done
@@ -90,6 +93,7 @@ def train(
     state = PartialState()
     with state.main_process_first():  # under `accelerate launch` the others read what the first has made
         harmless = _harmless_answers(model, tokenizer, pairs, ordinary, arguments, out / "answers.json", progress)
+        talks = hold(model, tokenizer, led, out / "talks.json", arguments.seed, progress)
         model.requires_grad_(False)  # not before: see finetune.finetune
         taught = shadow_rows(pairs, harmless, arguments.seed) if arguments.drift_augmentation else {}
         model = teach_shadows(
@@ -121,12 +125,14 @@ def train(
         )
     )  # fmt: skip
     adapter.sketch = sketch
-    rows = gate_rows(tokenizer, pairs[:GATE_PAIRS], ordinary, dict(harmless), rng)
+    rows = gate_rows(tokenizer, pairs[:GATE_PAIRS], ordinary, dict(harmless), rng, talks)
     dev = make_anchors([p.harmful for p in held_out], [p.twin for p in held_out], unseen)
     with state.main_process_first():
         _fit_gate(adapter, model, tokenizer, rows, dev, tuple(taught), arguments, out, progress)
     anchored = {c.core for c in chosen}
-    targets = Targets(tokenizer, pairs + [p for p in more if p.core not in anchored], ordinary, harmless, arguments)
+    targets = Targets(
+        tokenizer, pairs + [p for p in more if p.core not in anchored], ordinary, harmless, arguments, talks
+    )
     probe_rows = gate_rows(tokenizer, pairs[:PROBED_PAIRS], ordinary[:PROBED_ORDINARY], {}, None)
     _train_interventions(adapter, model, targets, probe_rows, tuple(taught), arguments, out, progress)
     adapter.cpu()  # the Trainer moved the interventions to its device; calibration is read beside them
@@ -134,7 +140,12 @@ def train(
         handle = Handle(model, adapter, Calibration.of_base(adapter))
         adapter.config = dataclasses.replace(adapter.config, refused=refused(model, tokenizer, adapter.config))
         handle.detach()
-    counts = {"pairs": len(pairs), "ordinary": len(ordinary), "refusals": len(targets_said)}
+    counts = {
+        "pairs": len(pairs),
+        "conversations": len(talks),
+        "ordinary": len(ordinary),
+        "refusals": len(targets_said),
+    }
     report = json.loads((out / "gate.json").read_text(encoding="utf-8"))
     if state.is_main_process:
         adapter.save_pretrained(out, card=model_card(adapter, report, counts, len(taught)))
