@@ -46,14 +46,16 @@ def hold(
     if kept.exists():
         said = json.loads(kept.read_text(encoding="utf-8"))
     else:
-        advance = progress("conversations with the base", sum(len(turns) for _, turns in sides))
         for at in range(max((len(turns) for _, turns in sides), default=0)):
             due = [(name, turns) for name, turns in sides if at < len(turns)]
-            chats = [_chat(turns[: at + 1], said[name]) for name, turns in due]
-            for (name, _), answer in zip(
-                due, models.generate(model, tokenizer, chats, TALK_TOKENS, done=advance), strict=True
-            ):
-                said[name].append(answer)
+            chats = {name: _chat(turns[: at + 1], said[name]) for name, turns in due}
+            # Many twins share their first turns word for word with the harmful side: each chat is answered once.
+            once = {json.dumps(chat): chat for chat in chats.values()}
+            advance = progress(f"conversations with the base, turn {at + 1}", len(once))
+            found = models.generate(model, tokenizer, list(once.values()), TALK_TOKENS, done=advance)
+            answers = dict(zip(once, found, strict=True))
+            for name, chat in chats.items():
+                said[name].append(answers[json.dumps(chat)])
         kept.write_text(json.dumps(said, ensure_ascii=False), encoding="utf-8")
     rng, talks = random.Random(seed), []
     for i, c in enumerate(conversations):
