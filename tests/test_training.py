@@ -248,6 +248,18 @@ def test_conversations_are_held_up_to_the_turn_that_asks_for_harm(tokenizer: Any
     assert any(tokenizer.decode(tokenizer(talks[0].pair.harmful)["input_ids"][1:-1]) in text for text in texts)
 
 
+def test_longer_messages_hold_harmful_and_harmless_requests_alike(tokenizer: Any) -> None:
+    pairs = data.pairs(0, 1, 0.0)[0][:300]
+    passage = "An ordinary passage that is long enough to stand around a request, {braces} and all."
+    rows = gate_rows(tokenizer, pairs, [], {p.twin: passage for p in pairs}, random.Random(0))
+    shares = []
+    for label, texts in (("harmful", [p.harmful for p in pairs]), ("twin", [p.twin for p in pairs])):
+        own = [tokenizer.decode(r.ids[r.turn : r.start]) for r in rows if r.label == label]
+        assert all(text in message for text, message in zip(texts, own, strict=True))
+        shares.append(sum("An ordinary passage" in m for m in own) / len(own))
+    assert 0.05 < shares[0] == shares[1] < 0.25
+
+
 def test_features_of_other_rows_are_not_taken_for_these(tokenizer: Any, tmp_path: Path) -> None:
     pairs, kept = data.pairs(0, 1, 0.0)[0], tmp_path / "features.safetensors"
     rows = gate_rows(tokenizer, pairs[:2], [], {}, None)

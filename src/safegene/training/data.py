@@ -119,6 +119,23 @@ def history(answered: Sequence[tuple[str, str]], refused: Sequence[Pair], rng: r
     return tuple(turns)
 
 
+BURIED = 0.12
+"""Share of the rows whose request stands in a longer message: a gate that had seen bare requests alone opened on 14 % of those that
+came with a context (HarmBench's contextual ones, docs/log.md)."""
+
+_PLACES = (
+    "{passage}\n\n{request}", "{request}\n\n{passage}", "Context: {passage}\n\nTask: {request}", "\"{passage}\"\n\n{request}",
+    "{request}\n\n---\n{passage}\n---", "Here is what I have so far: {passage} {request}",
+)  # fmt: skip
+
+
+def buried(passages: Sequence[str], rng: random.Random) -> str:
+    """A longer message with a place for the request ("{request}"): an ordinary passage before or after it. The same messages
+    hold harmful and harmless requests, so that what stands around a request is no reason to refuse."""
+    passage = rng.choice(passages)[: rng.randint(80, 500)].replace("{", "(").replace("}", ")")
+    return rng.choice(_PLACES).replace("{passage}", passage)
+
+
 EARLIER = 160
 """Characters of an earlier answer: long chats cost time, and the last turns weigh most."""
 

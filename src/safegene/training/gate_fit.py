@@ -88,18 +88,25 @@ def gate_rows(
         # A refusal is read to its end: where the gate shut inside one, it went on in circles (docs/log.md).
         return rng.choice((refusal, compliant, compliant + refusal))
 
+    passages = [a for _, a in answered if len(a) > 60]
+
+    def message() -> str:
+        return data.buried(passages, rng) if rng and passages and rng.random() < data.BURIED else "{request}"
+
     rows = []
     for number, pair in enumerate(pairs):
-        answer, before = answers.get(pair.twin, ""), earlier()
-        rows.append(gate_row(tokenizer, pair.harmful, begun(pair, answer), "harmful", number, before))
-        rows.append(gate_row(tokenizer, pair.twin, harmless(answer), "twin", number, before))
+        answer, before, around = answers.get(pair.twin, ""), earlier(), message()
+        asked, alike = (around.replace("{request}", text) for text in (pair.harmful, pair.twin))
+        rows.append(gate_row(tokenizer, asked, begun(pair, answer), "harmful", number, before))
+        rows.append(gate_row(tokenizer, alike, harmless(answer), "twin", number, before))
     for number, talk in enumerate(talks, len(pairs)):
         pair, answer = talk.pair, talk.twin_answer
         rows.append(gate_row(tokenizer, pair.harmful, begun(pair, answer), "harmful", number, talk.before))
         rows.append(gate_row(tokenizer, pair.twin, harmless(answer), "twin", number, talk.twin_before))
-    return rows + [
-        gate_row(tokenizer, text, harmless(answers.get(text, "")), "ordinary", -1, earlier()) for text in ordinary
-    ]
+    for text in ordinary:
+        asked = message().replace("{request}", text)
+        rows.append(gate_row(tokenizer, asked, harmless(answers.get(text, "")), "ordinary", -1, earlier()))
+    return rows
 
 
 @dataclass

@@ -70,6 +70,7 @@ class Targets(Dataset[dict[str, Any]]):
         often = [p for p in pairs if p.category == "self_harm"] * (SUPPORTED - 1)
         self.pairs = sorted([*pairs, *often], key=lambda p: len(p.harmful))
         self.answered = [(q, a) for q, a in self.answers.items() if len(q) < 200]
+        self.passages = [a for a in self.answers.values() if len(a) > 60]
         twins = {p.twin for p in pairs}
         # Short rows need no answer of the base: what a misfire begins with is compared at the prompt's end.
         self.ordinary = {
@@ -92,17 +93,22 @@ class Targets(Dataset[dict[str, Any]]):
         harmful = round(n * HARMFUL_SHARE) if self.arguments.misfire_training else n
         # A whole batch, for one long row would pad all others.
         chats = self.arguments.misfire_training and rng.random() < CHATS
-        rows = [self._harmful(rng, at, whole, chats) for _ in range(harmful)]
-        rows += [self._harmless(rng, at, whole, chats) for _ in range(n - harmful)]
+        # The base has answered bare requests only, so it is short rows that stand in longer messages, a whole batch at a time.
+        buried = not whole and bool(self.passages) and self.arguments.misfire_training and rng.random() < data.BURIED
+        rows = [self._harmful(rng, at, whole, chats, buried) for _ in range(harmful)]
+        rows += [self._harmless(rng, at, whole, chats, buried) for _ in range(n - harmful)]
         return {"rows": rows, "variant": rng.random(), "strength": rng.uniform(*STRENGTH_RANGE)}
 
     def _before(self, rng: random.Random, chats: bool) -> data.History:
         return data.history(self.answered, self.pairs[: len(self.pairs) // 2], rng) if chats else ()
 
+    def _message(self, rng: random.Random, request: str, buried: bool) -> str:
+        return data.buried(self.passages, rng).replace("{request}", request) if buried else request
+
     def _talk(self, rng: random.Random, at: float, chats: bool) -> Talk | None:
         return rng.choice(window(self.talks, at)) if chats and self.talks and rng.random() < TALKS else None
 
-    def _harmful(self, rng: random.Random, at: float, whole: bool, chats: bool) -> dict[str, list[int]]:
+    def _harmful(self, rng: random.Random, at: float, whole: bool, chats: bool, buried: bool) -> dict[str, list[int]]:
         if talk := self._talk(rng, at, chats):
             pair, twin_answer, before = talk.pair, talk.twin_answer, talk.before
         else:
@@ -112,9 +118,9 @@ class Targets(Dataset[dict[str, Any]]):
         answer = data.refusal(pair, rng)
         if begun and rng.random() < 0.5:  # an opening that was broken off in mid-sentence
             begun, answer = begun.rstrip(" :\n"), " " + answer
-        return self._row(pair.harmful, answer, rng, whole, before, begun)
+        return self._row(self._message(rng, pair.harmful, buried), answer, rng, whole, before, begun)
 
-    def _harmless(self, rng: random.Random, at: float, whole: bool, chats: bool) -> dict[str, list[int]]:
+    def _harmless(self, rng: random.Random, at: float, whole: bool, chats: bool, buried: bool) -> dict[str, list[int]]:
         if talk := self._talk(rng, at, chats):
             question, answer, before = talk.pair.twin, talk.twin_answer, talk.twin_before
         else:
@@ -126,7 +132,7 @@ class Targets(Dataset[dict[str, Any]]):
         # The same openings as harmful rows, or "Sure" itself would become a reason to refuse (docs/log.md).
         begun = rng.choice(data.OPENINGS) if self._begins(rng) else ""
         begun = begun.rstrip(" :\n") if rng.random() < 0.5 else begun
-        return self._row(question, answer, rng, whole, before, begun, harmful=False)
+        return self._row(self._message(rng, question, buried), answer, rng, whole, before, begun, harmful=False)
 
     def _begins(self, rng: random.Random) -> bool:
         return self.arguments.drift_augmentation and rng.random() < 0.35
