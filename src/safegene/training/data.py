@@ -218,14 +218,15 @@ def conversations() -> tuple[Conversation, ...]:
     found = []
     for path in sorted((TEXT / "conversations").glob("*.jsonl")):
         for number, row in enumerate(read_jsonl(path, ("category", "mechanism")), 1):
-            sides = [row.get("harmful"), row.get("twin")]
-            for turns in sides:
-                if not (
-                    isinstance(turns, list) and len(turns) > 1 and all(isinstance(t, str) and t.strip() for t in turns)
-                ):
-                    raise DataError(f"{path}:{number} needs two turns or more on each side; mend or remove the line.")
-            found.append(Conversation(row["category"], row["mechanism"], *(tuple(turns) for turns in sides)))
+            harmful, twin = (_turns(row.get(side), f"{path}:{number}") for side in ("harmful", "twin"))
+            found.append(Conversation(row["category"], row["mechanism"], harmful, twin))
     return tuple(found)
+
+
+def _turns(value: Any, where: str) -> tuple[str, ...]:
+    if not (isinstance(value, list) and len(value) > 1 and all(isinstance(t, str) and t.strip() for t in value)):
+        raise DataError(f"{where} needs two turns or more on each side; mend or remove the line.")
+    return tuple(value)
 
 
 @functools.cache

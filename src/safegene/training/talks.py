@@ -53,9 +53,9 @@ def hold(
             once = {json.dumps(chat): chat for chat in chats.values()}
             advance = progress(f"conversations with the base, turn {at + 1}", len(once))
             found = models.generate(model, tokenizer, list(once.values()), TALK_TOKENS, done=advance)
-            answers = dict(zip(once, found, strict=True))
+            answer_of = dict(zip(once, found, strict=True))
             for name, chat in chats.items():
-                said[name].append(answers[json.dumps(chat)])
+                said[name].append(answer_of[json.dumps(chat)])
         kept.write_text(json.dumps(said, ensure_ascii=False), encoding="utf-8")
     rng, talks = random.Random(seed), []
     for i, c in enumerate(conversations):
