@@ -29,9 +29,9 @@ from safegene.training import data
 from safegene.training.data import History, Pair, opening
 from safegene.training.talks import Talk
 
-CHATS = 0.2
-"""Share of the rows in which something was said before: after a refusal, a gate that had seen single turns alone opened on the
-next harmless request, too (docs/log.md)."""
+CHATS = 0.08
+"""Share of the gate's rows in which something was said before: after a refusal, a gate that had seen single turns alone opened on
+the next harmless request, too (docs/log.md). At 0.2 their tokens were a third of all that is read."""
 
 USER_TOKENS = 8
 """Positions of a harmless user's own words read from each row: the gate must stay shut on prompt text."""

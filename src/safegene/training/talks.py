@@ -14,7 +14,7 @@ from safegene.progress import Progress
 from safegene.training import data
 from safegene.training.data import Conversation, History, Pair
 
-TALK_TOKENS = 40
+TALK_TOKENS = 24
 """Of every earlier answer: chats of five turns are long enough."""
 
 

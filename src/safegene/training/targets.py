@@ -14,7 +14,6 @@ from safegene.calibration import end_of_turn
 from safegene.training import data
 from safegene.training.arguments import TrainingArguments
 from safegene.training.data import Pair
-from safegene.training.gate_fit import CHATS
 from safegene.training.talks import Talk
 
 STRENGTH_RANGE = (0.7, 2.2)
@@ -48,6 +47,9 @@ it an opening in mid-sentence ("your order, and") had only been seen where a ref
 SUPPORTED = 8
 """How many times as often a request about self-harm is drawn: it is the one refusal whose second sentence matters most."""
 
+
+CHATS = 0.2
+"""Share of the batches in which something was said before."""
 
 TALKS = 0.5
 """Share of the rows of a batch of chats in which the wish itself was built up over the turns; before the others something else

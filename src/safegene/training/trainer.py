@@ -45,15 +45,15 @@ from safegene.training.shadows import BASE, shadow_rows, teach_shadows, variant
 from safegene.training.talks import hold
 from safegene.training.targets import TARGET_FRAMES, Targets, collate
 
-GATE_PAIRS = 13000
+GATE_PAIRS = 11000
 """Pairs whose features the gate is fitted on: reading them is a fifth of a training's time."""
 
-SHADOW_SHARE = 1 / 6
+SHADOW_SHARE = 1 / 12
 """Share of the gate's rows that are read on each shadow, too: the variety of the text counts for more there."""
 
 SAVE_STEPS = 50
 
-PROBED_PAIRS, PROBED_ORDINARY = 4000, 500
+PROBED_PAIRS, PROBED_ORDINARY = 2000, 300
 """Rows of the probes: a probe starts an intervention that has to tell the twins apart, and is trained further."""
 
 
