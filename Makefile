@@ -46,7 +46,7 @@ results-core: .venv/ready
 ablations: .venv/ready runs/smollm2-135m/losses.json
 	for a in full no-drift no-misfire; do \
 	  mkdir -p runs/ablation-$$a && \
-	  cp -Rn runs/smollm2-135m/answers.json runs/smollm2-135m/shadows runs/smollm2-135m/features-*.safetensors runs/ablation-$$a && \
+	  cp -Rn runs/smollm2-135m/answers.json runs/smollm2-135m/talks.json runs/smollm2-135m/shadows runs/smollm2-135m/features-*.safetensors runs/ablation-$$a && \
 	  .venv/bin/safegene train --config recipes/ablation-$$a.yaml --out runs/ablation-$$a && \
 	  .venv/bin/safegene results --adapter runs/ablation-$$a --data $(DATA) --n 60 --variants base,sure --out runs/ablations || exit 1; \
 	done

@@ -16,6 +16,7 @@ from conftest import CONFIGS, random_adapter, tiny
 from safegene.adapter import SafetyAdapter
 from safegene.calibration import Calibration
 from safegene.errors import AttachError, CalibrationError, DriftError
+from safegene.models import check_fit
 from safegene.serving.vllm import arming, guard, plugin
 from served import ANCHORS
 
@@ -88,7 +89,7 @@ def test_adapter_and_calibration_must_belong_together(tmp_path: Path, tokenizer:
     with pytest.raises(CalibrationError, match="another checkpoint"):
         arming.check_checkpoint(fits, "13")
     with pytest.raises(AttachError, match="is for llama models"):
-        arming.check_model(adapter, CONFIGS["qwen2"]())
+        check_fit(adapter.config, CONFIGS["qwen2"]())
 
 
 def test_where_the_settings_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,12 +226,29 @@ def test_openings_stand_before_harmful_and_harmless_answers_alike(tokenizer: Any
     assert all(len(r.ids) == r.prompt_end + 1 for r in bare)
 
 
-def test_conversations_are_held_up_to_the_turn_that_asks_for_harm(tokenizer: Any, tmp_path: Path) -> None:
+def test_conversations_are_held_up_to_the_turn_that_asks_for_harm(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = models.load(saved("llama", tokenizer, tmp_path / "base"))
     led = [c for c in data.conversations() if c.mechanism in ("persistence", "crescendo")][:8]
     kept = tmp_path / "talks.json"
     talks = hold(model.model, model.tokenizer, led, kept, 0, silent)
     assert hold(None, None, led, kept, 0, silent) == talks  # what was said is kept
+    asked = 0
+
+    def killed(*args: Any, **options: Any) -> list[str]:
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            raise KeyboardInterrupt
+        return models_generate(*args, **options)
+
+    models_generate, other = models.generate, tmp_path / "killed.json"
+    monkeypatch.setattr(models, "generate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        hold(model.model, model.tokenizer, led, other, 0, silent)
+    assert hold(model.model, model.tokenizer, led, other, 0, silent) == talks
+    assert asked == 1 + max(len(c.twin) for c in led)  # the first turn was not asked again
     for told, talk in zip(led, talks, strict=True):
         assert [q for q, _ in talk.before] == list(told.harmful[:-1])
         assert (talk.pair.harmful, talk.pair.twin) == (told.harmful[-1], told.twin[-1])

@@ -17,7 +17,15 @@ from safegene.adapter import Correction, SafetyAdapter, intervene
 from safegene.calibration import ENOUGH, MIN_REFUSED, STRENGTHS, Calibration, calibrate, fold_gate, refused
 from safegene.errors import AttachError, CalibrationError, DriftError, GateError, UncalibratedWarning
 from safegene.gate import open_hard, open_soft
-from safegene.models import decoder_layers, sketch_distance, tokenizer_digest, unwrap, weight_sketch, weights_digest
+from safegene.models import (
+    check_fit,
+    decoder_layers,
+    sketch_distance,
+    tokenizer_digest,
+    unwrap,
+    weight_sketch,
+    weights_digest,
+)
 
 MAX_DISTANCE = 0.7
 """Relative weight distance (see `models.sketch_distance`) beyond which a model is no fine-tune of the base."""
@@ -319,17 +327,7 @@ def check(model: Any, adapter: SafetyAdapter, tokenizer: Any = None) -> None:
     config, base = adapter.config, unwrap(model)
     if getattr(base, _MARK, None) is not None:
         raise AttachError("An adapter is attached already; call handle.detach() first.")
-    text = base.config.get_text_config()
-    if text.model_type != config.architecture:
-        raise AttachError(
-            f"The adapter is for {config.architecture} models ({config.base_model}), this one is {text.model_type}; "
-            "use the adapter of this model's base."
-        )
-    if (text.hidden_size, text.num_hidden_layers) != (config.hidden_size, config.num_layers):
-        raise AttachError(
-            f"The adapter fits {config.num_layers} layers of {config.hidden_size} features, the model has "
-            f"{text.num_hidden_layers} of {text.hidden_size}; use the adapter of this model's base."
-        )
+    check_fit(config, base.config.get_text_config())
     if len(decoder_layers(model)) != config.num_layers:
         raise AttachError("The model's decoder layers do not match its config; load it again.")
     if not next(model.parameters()).is_floating_point() and not hasattr(base, "hf_quantizer"):

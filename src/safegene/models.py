@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from safegene.config import AdapterConfig
 from safegene.errors import AttachError, DataError, ModelNotFoundError
 
 EMBEDDED = "SmolLM2-135M-Instruct"
@@ -254,6 +255,27 @@ def tokenizer_digest(tokenizer: Any) -> str:
     """Short digest of how a tokenizer cuts a fixed text: equal for every fine-tune that kept its base's tokenizer."""
     ids = tokenizer(_PROBE_TEXT, add_special_tokens=False)["input_ids"]
     return hashlib.sha256(repr(list(ids)).encode()).hexdigest()[:16]
+
+
+def check_fit(config: AdapterConfig, text: Any) -> None:
+    """Whether an adapter of this configuration fits a model.
+
+    Args:
+        text: the model's own (text) configuration, of transformers.
+
+    Raises:
+        AttachError: another architecture, hidden size or number of layers.
+    """
+    if text.model_type != config.architecture:
+        raise AttachError(
+            f"The adapter is for {config.architecture} models ({config.base_model}), this one is {text.model_type}; "
+            "use the adapter of this model's base."
+        )
+    if (text.hidden_size, text.num_hidden_layers) != (config.hidden_size, config.num_layers):
+        raise AttachError(
+            f"The adapter fits {config.num_layers} layers of {config.hidden_size} features, the model has "
+            f"{text.num_hidden_layers} of {text.hidden_size}; use the adapter of this model's base."
+        )
 
 
 class WeightsDigest:

@@ -26,6 +26,13 @@ def prepare_folder(path: Path) -> None:
         ) from error
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all: an interrupted run finds what was there before."""
+    part = path.with_suffix(".partial")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
 def prepare_file(path: Path) -> None:
     """Make the file's folder, and try whether the file can be written there; it is not made yet.
 

@@ -31,7 +31,7 @@ from safegene.training.talks import Talk
 
 CHATS = 0.08
 """Share of the gate's rows in which something was said before: after a refusal, a gate that had seen single turns alone opened on
-the next harmless request, too (docs/log.md). At 0.2 their tokens were a third of all that is read."""
+the next harmless request, too (docs/log.md). At 0.2 their tokens came to about a third of all that is read, by estimate."""
 
 USER_TOKENS = 8
 """Positions of a harmless user's own words read from each row: the gate must stay shut on prompt text."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safegene import models
+from safegene.outputs import write_whole
 from safegene.progress import Progress
 from safegene.training import data
 from safegene.training.data import Conversation, History, Pair
@@ -35,7 +36,7 @@ def hold(
     model: Any, tokenizer: Any, conversations: Sequence[Conversation], kept: Path, seed: int, progress: Progress
 ) -> list[Talk]:
     """Hold both sides of every conversation with `model`, but for the last harmful turn, which nothing answers. What the
-    base said is written to `kept` and read from there the next time.
+    base said is written to `kept` after every turn; the next time it goes on from there.
 
     Where a user insists on what was refused ("persistence"), every turn but the first has been refused.
     """
@@ -45,18 +46,20 @@ def hold(
     said: dict[str, list[str]] = {name: [] for name, _ in sides}
     if kept.exists():
         said = json.loads(kept.read_text(encoding="utf-8"))
-    else:
-        for at in range(max((len(turns) for _, turns in sides), default=0)):
-            due = [(name, turns) for name, turns in sides if at < len(turns)]
-            chats = {name: _chat(turns[: at + 1], said[name]) for name, turns in due}
-            # Many twins share their first turns word for word with the harmful side: each chat is answered once.
-            once = {json.dumps(chat): chat for chat in chats.values()}
-            advance = progress(f"conversations with the base, turn {at + 1}", len(once))
-            found = models.generate(model, tokenizer, list(once.values()), TALK_TOKENS, done=advance)
-            answer_of = dict(zip(once, found, strict=True))
-            for name, chat in chats.items():
-                said[name].append(answer_of[json.dumps(chat)])
-        kept.write_text(json.dumps(said, ensure_ascii=False), encoding="utf-8")
+    for at in range(max((len(turns) for _, turns in sides), default=0)):
+        chats = {
+            name: _chat(turns[: at + 1], said[name]) for name, turns in sides if at == len(said[name]) < len(turns)
+        }
+        if not chats:
+            continue
+        # Many twins share their first turns word for word with the harmful side: each chat is answered once.
+        once = {json.dumps(chat): chat for chat in chats.values()}
+        advance = progress(f"conversations with the base, turn {at + 1}", len(once))
+        found = models.generate(model, tokenizer, list(once.values()), TALK_TOKENS, done=advance)
+        answer_of = dict(zip(once, found, strict=True))
+        for name, chat in chats.items():
+            said[name].append(answer_of[json.dumps(chat)])
+        write_whole(kept, json.dumps(said, ensure_ascii=False))
     rng, talks = random.Random(seed), []
     for i, c in enumerate(conversations):
         pair = Pair(c.category, c.mechanism, c.harmful[-1], c.twin[-1], " ".join(c.harmful))

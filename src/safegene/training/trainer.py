@@ -33,6 +33,7 @@ from safegene.calibration import (
 from safegene.config import AdapterConfig, Anchor, AnchorLabel
 from safegene.errors import DataError
 from safegene.gate import Gate
+from safegene.outputs import write_whole
 from safegene.progress import Progress, silent
 from safegene.training import contamination, data
 from safegene.training.arguments import TrainingArguments
@@ -167,14 +168,7 @@ def _claim(out: Path, record: dict[str, Any]) -> None:
         raise DataError(f"{path} is damaged ({error}); remove {out}, or give another --out.") from error
     if {k: there.get(k) for k in record} != record:
         raise DataError(f"{out} holds a run with other settings or other text; give another --out, or remove it.")
-    _write(path, json.dumps(record, indent=1) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    part = path.with_suffix(".partial")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    write_whole(path, json.dumps(record, indent=1) + "\n")
 
 
 def _harmless_answers(
@@ -193,7 +187,7 @@ def _harmless_answers(
         advance = progress(f"the base's answers to harmless requests, {tokens} tokens", len(questions))
         answers = models.generate(model, tokenizer, questions, tokens, done=advance)
         found += [(q, a) for q, a in zip(questions, answers, strict=True) if a.strip()]
-    _write(kept, json.dumps(found, ensure_ascii=False))
+    write_whole(kept, json.dumps(found, ensure_ascii=False))
     return found
 
 

@@ -90,23 +90,6 @@ def _plainly() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def check_model(adapter: SafetyAdapter, text: Any) -> None:
-    """Raises:
-    AttachError: the adapter does not fit a model of this (text) configuration.
-    """
-    config = adapter.config
-    if text.model_type != config.architecture:
-        raise AttachError(
-            f"The adapter is for {config.architecture} models ({config.base_model}), this one is {text.model_type}; "
-            "use the adapter of this model's base."
-        )
-    if (text.hidden_size, text.num_hidden_layers) != (config.hidden_size, config.num_layers):
-        raise AttachError(
-            f"The adapter fits {config.num_layers} layers of {config.hidden_size} features, the model has "
-            f"{text.num_hidden_layers} of {text.hidden_size}; use the adapter of this model's base."
-        )
-
-
 def check_checkpoint(calibration: Calibration, digest: str) -> None:
     """Raises:
     CalibrationError: the weights are not those that were calibrated.

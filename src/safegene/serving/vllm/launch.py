@@ -135,7 +135,7 @@ def check_config(folder: Path, armament: arming.Armament) -> str:
     from transformers import AutoConfig
 
     config: Any = AutoConfig.from_pretrained(folder)
-    arming.check_model(armament.adapter, config.get_text_config())
+    models.check_fit(armament.adapter.config, config.get_text_config())
     named = next(iter(config.architectures or ()), "").removeprefix(PREFIX)
     if named not in PROTECTED:
         raise AttachError(f"{named or 'This model'} has no protected form under vLLM; leave --engine vllm out, or use one of {', '.join(PROTECTED)}.")  # fmt: skip

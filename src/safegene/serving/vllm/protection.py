@@ -13,7 +13,7 @@ from safegene.adapter import Correction
 from safegene.calibration import fold_gate
 from safegene.errors import AttachError, GateError
 from safegene.gate import FoldedGate
-from safegene.models import WeightsDigest
+from safegene.models import WeightsDigest, check_fit
 from safegene.serving.vllm import arming, guard
 from safegene.serving.vllm.plugin import check_version
 
@@ -87,7 +87,7 @@ class Protected(nn.Module):
         guard.refuse(vllm_config, developing=envs.VLLM_SERVER_DEV_MODE)
         config = vllm_config.model_config
         armament = arming.load(*arming.settings(config.hf_config, config.model))
-        arming.check_model(armament.adapter, config.hf_text_config)
+        check_fit(armament.adapter.config, config.hf_text_config)
         # Which layers have a station is part of the compiled graph and of no key that vLLM knows of. This is one of them: it is
         # hashed into the names of the compilation caches, which are read at the first pass.
         vllm_config.additional_config["safegene"] = armament.digest
