@@ -132,6 +132,19 @@ def end_of_turn(
     return list(encoded["input_ids"]), start
 
 
+def shared_beginning(sequences: Sequence[list[int]]) -> int:
+    """How many tokens all sequences begin with; every one has another after them."""
+    low, high = min(s[:-1] for s in sequences), max(s[:-1] for s in sequences)
+    return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+
+
+def repeated(prefix: Cache, rows: int) -> Cache:
+    """A copy of the cache of one row, for a batch of `rows`."""
+    cache = copy.deepcopy(prefix)
+    cache.batch_repeat_interleave(rows)
+    return cache
+
+
 class _Reached(Exception):
     """The last gate layer was read; the rest of the pass is not needed."""
 
@@ -169,8 +182,7 @@ def gate_features(
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     try:
         # Every chat begins with the template's same tokens, a third of a short one: they are read once.
-        low, high = min(s[:-1] for s in sequences), max(s[:-1] for s in sequences)
-        shared = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+        shared = shared_beginning(sequences)
         prefix = DynamicCache(config=outer.config)
         head = torch.empty(0)
         if shared:
@@ -183,11 +195,7 @@ def gate_features(
             for r, i in enumerate(rows):  # right padding: a causal model's real positions do not see it
                 ids[r, : len(sequences[i])] = torch.tensor(sequences[i])
                 mask[r, : len(sequences[i])] = 1
-            cache = None
-            if shared:
-                cache = copy.deepcopy(prefix)
-                cache.batch_repeat_interleave(len(rows))
-            features = read(ids[:, shared:], mask, cache)
+            features = read(ids[:, shared:], mask, repeated(prefix, len(rows)) if shared else None)
             for r, i in enumerate(rows):
                 own = features[:, r, : len(sequences[i]) - shared]
                 yield i, torch.cat([head, own], dim=1) if shared else own
@@ -268,15 +276,23 @@ def refused(model: Any, tokenizer: Any, config: AdapterConfig, batch_size: int =
         raise CalibrationError("The adapter carries no harmful anchors; train it again.")
     chats.sort(key=len)
     device, pad, found = next(model.parameters()).device, tokenizer.pad_token_id or 0, 0
+    # The template's beginning is read once, as in `gate_features`; the padding stands after it.
+    shared, prefix = shared_beginning(chats), DynamicCache(config=unwrap(model).config)
+    if shared:
+        with evaluating(model):
+            model(input_ids=torch.tensor([chats[0][:shared]], device=device), past_key_values=prefix, use_cache=True)
     for first in range(0, len(chats), batch_size):
         rows = chats[first : first + batch_size]
         longest = len(rows[-1])
-        ids = torch.tensor([[pad] * (longest - len(r)) + r for r in rows], device=device)
-        mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows], device=device)
+        ids = torch.tensor([[*r[:shared], *[pad] * (longest - len(r)), *r[shared:]] for r in rows], device=device)
+        mask = torch.tensor(
+            [[1] * shared + [0] * (longest - len(r)) + [1] * (len(r) - shared) for r in rows], device=device
+        )
+        begun = {"past_key_values": repeated(prefix, len(rows))} if shared else {}
         with evaluating(model):
             out = model.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=REFUSAL_TOKENS, do_sample=False, num_beams=1,
-                pad_token_id=pad,
+                pad_token_id=pad, **begun,
             )  # fmt: skip
         texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
         found += sum(any(beginning in text for beginning in config.refusals) for text in texts)

@@ -102,7 +102,8 @@ class Served:
 
     def _read(self) -> None:
         assert self.process.stderr is not None
-        self.said.extend(self.process.stderr)
+        with self.process.stderr as lines:
+            self.said.extend(lines)
 
     def wait_for(self, found: Callable[[], bool], seconds: float = LIMIT) -> None:
         end = time.monotonic() + seconds

@@ -28,6 +28,8 @@ TEXT = Path(safegene.__file__).parent
 TOKENS = 40
 HARMFUL, BENIGN, MIDDLE, CHATS, SHARED = 30, 30, 12, 12, 24
 """Prompts of each kind: single requests, those that open the gate only in mid-answer, two-turn chats, questions behind a long prefix."""
+SEARCHED = 240
+"""Twins of the training text that are looked through for the second kind, beside SafetyEval's."""
 
 
 def rows(pattern: str, field: str) -> list[str]:
@@ -66,6 +68,20 @@ class Reader:
             "nearest": min(abs(g) for g in gates),
         }  # fmt: skip
 
+    @torch.inference_mode()
+    def prompt_gates(self, chats: Sequence[list[int]], batch_size: int = 32) -> list[float]:
+        """The gate's highest opening in each prompt."""
+        found = []
+        for start in range(0, len(chats), batch_size):
+            some = chats[start : start + batch_size]
+            longest = max(map(len, some))
+            batch = torch.tensor([[*ids, *[self.tokenizer.pad_token_id] * (longest - len(ids))] for ids in some])
+            with self.handle.recording() as record:
+                # Padded on the right, where a causal model's real positions do not see it.
+                self.model(batch, attention_mask=torch.ones_like(batch), logits_to_keep=1)
+            found += [float(g[: len(ids)].max()) for g, ids in zip(record[0], some, strict=True)]
+        return found
+
     def second_turn(self, first: dict[str, Any], text: str) -> list[int]:
         """The chat's ids as they stand in the cache, and another request after them."""
         turn = f"<|im_end|>\n<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
@@ -75,29 +91,20 @@ class Reader:
 
 
 def opened_late(reader: Reader, wanted: int) -> Iterator[dict[str, Any]]:
-    """Requests on which the gate opens in the answer and not before. Looked for in batches, then read alone."""
-    model, tokenizer = reader.model, reader.tokenizer
-    harmless = rows("evaluation/content/*-twins.jsonl", "prompt") + rows("training/text/pairs/*.jsonl", "twin")[:1200]
+    """Requests on which the gate opens in the answer and not before: those that nearly opened it are answered first."""
+    harmless = (
+        rows("evaluation/content/*-twins.jsonl", "prompt") + rows("training/text/pairs/*.jsonl", "twin")[:SEARCHED]
+    )
+    chats = sorted((reader.chat(text) for text in harmless), key=len)
+    nearest = sorted((score, ids) for ids, score in zip(chats, reader.prompt_gates(chats), strict=True) if score <= 0)
     found = 0
-    for start in range(0, len(harmless), 32):
-        texts = harmless[start : start + 32]
-        ids = [reader.chat(t) for t in texts]
-        longest = max(map(len, ids))
-        batch = torch.tensor([[tokenizer.pad_token_id] * (longest - len(i)) + i for i in ids])
-        mask = torch.tensor([[0] * (longest - len(i)) + [1] * len(i) for i in ids])
-        with reader.handle.recording() as record, torch.inference_mode():
-            model.generate(batch, attention_mask=mask, max_new_tokens=TOKENS, do_sample=False, temperature=None, top_p=None,
-                           top_k=None, pad_token_id=tokenizer.pad_token_id)  # fmt: skip
-        prompt = record[0].masked_fill(mask == 0, -9.0).max(1).values
-        later = torch.cat(record[1:], dim=1).max(1).values
-        for i, one in enumerate(ids):
-            if prompt[i] <= 0 < later[i]:
-                read = reader.answer(one)
-                if read["prompt_gate"] <= 0 < read["answer_gate"]:
-                    yield {"kind": "middle", **read}
-                    found += 1
-                    if found == wanted:
-                        return
+    for _, ids in reversed(nearest):
+        read = reader.answer(ids)
+        if read["prompt_gate"] <= 0 < read["answer_gate"]:
+            yield {"kind": "middle", **read}
+            found += 1
+            if found == wanted:
+                return
 
 
 def read_all(reader: Reader) -> Iterator[dict[str, Any]]:

@@ -129,6 +129,10 @@ class Protected(nn.Module):
                 raise AttachError(
                     f"Layer {layer} is a {type(module).__name__}, which has no protected form; report this."
                 )
+            if "forward" in vars(module):
+                raise AttachError(
+                    f"Layer {layer}'s forward is wrapped and would go past the adapter; leave --cpu-offload-gb and --offload-group-size out."
+                )
             module.__class__ = self.layer_class
             module.safegene = Station(inner, g, own, index == 0, index == k - 1, turn)
             stations.append(module.safegene)
