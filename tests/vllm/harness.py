@@ -21,7 +21,7 @@ import httpx
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 RUNS = ROOT / "runs" / "vllm"
-LIMIT = 520
+LIMIT = 900
 """Seconds that a process may take."""
 
 Prepared = Callable[[str], dict[str, Any]]
