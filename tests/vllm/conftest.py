@@ -50,9 +50,9 @@ def reference(prepared: Prepared) -> dict[str, Any]:
     return prepared("float32")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def figures() -> Iterator[dict[str, Any]]:
-    """What this run measured, added to what earlier ones did."""
+    """What this test measured, added to what others did; written after each, for the whole takes longer than one may want to wait."""
     found: dict[str, Any] = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
     yield found
     FIGURES.parent.mkdir(parents=True, exist_ok=True)
