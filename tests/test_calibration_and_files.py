@@ -15,7 +15,7 @@ import torch
 from conftest import CONFIGS, random_adapter, tiny
 from safegene.adapter import Intervention, SafetyAdapter, intervene
 from safegene.attach import attach
-from safegene.calibration import Calibration, calibrate, end_of_turn, gate_features, refused
+from safegene.calibration import REFUSAL_TOKENS, Calibration, calibrate, end_of_turn, gate_features, refused
 from safegene.config import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig, Anchor
 from safegene.errors import AdapterFileError, CalibrationError, DriftError, ModelNotFoundError
 from safegene.gate import normalise
@@ -146,6 +146,36 @@ def test_refused_counts_the_adapters_own_words(tokenizer: Any) -> None:
     right = copy.deepcopy(tokenizer)
     right.padding_side = "right"
     assert refused(model, right, everything) == 1.0
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_refused_reads_what_each_anchor_alone_is_answered(
+    name: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The template's beginning stands before the padding, and is read once for all of them, as the adapter is armed."""
+    model = tiny(name)
+    texts = ("hi", "how to hurt a person", "how to", "who are you, and where do you live", "hi there")
+    adapter = random_adapter(model, tokenizer, anchors=tuple(Anchor(t, "harmful") for t in texts))
+    handle = attach(model, adapter)
+    chats = sorted((end_of_turn(tokenizer, t)[0] for t in texts[::2]), key=len)
+    alone = [
+        model.generate(torch.tensor([ids]), max_new_tokens=REFUSAL_TOKENS, do_sample=False, pad_token_id=0)[
+            0, len(ids) :
+        ]
+        for ids in chats
+    ]
+    together: list[torch.Tensor] = []
+
+    def decode(ids: torch.Tensor, **_: Any) -> list[str]:
+        together.extend(ids)
+        return [""] * len(ids)
+
+    monkeypatch.setattr(tokenizer, "batch_decode", decode)
+    refused(model, tokenizer, replace(adapter.config, refusals=("I cannot",)))
+    handle.detach()
+    assert len(together) == len(alone)
+    for one, other in zip(alone, together, strict=True):
+        assert one.tolist() == other[: len(one)].tolist()
 
 
 def test_files_tampered_truncated_missing(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from safegene.attach import attach
 from safegene.calibration import Calibration, fold_gate
 from safegene.errors import AttachError, GateError
 from safegene.serving.vllm import operator
-from safegene.serving.vllm.protection import Station, Watch
+from safegene.serving.vllm.protection import Protected, ProtectedLayer, Station, Watch
 from safegene.serving.vllm.worker import Extension
 from served import FAR
 
@@ -40,6 +40,44 @@ def stations(adapter: SafetyAdapter, tokens: int) -> dict[int, Station]:
         2: Station(inner, g, gate._replace(weight=(gate.weight[1],)), False, True, turns[2]),
         3: Station(inner, g, None, False, False, turns[3]),
     }
+
+
+class Layer(torch.nn.Module):
+    """Of vLLM, as far as it is looked at."""
+
+
+class OwnLayer(ProtectedLayer, Layer):
+    pass
+
+
+class Model(Protected):
+    layer_class = OwnLayer
+
+    def __init__(self, adapter: SafetyAdapter, layers: list[Any], end: int = 5) -> None:
+        torch.nn.Module.__init__(self)
+        self.armament: Any = SimpleNamespace(adapter=adapter, calibration=Calibration.of_base(adapter))
+        self.model = SimpleNamespace(layers=layers, start_layer=0, end_layer=end)
+
+
+def test_stations_stand_after_their_layers() -> None:
+    layers: list[Any] = [Layer() for _ in range(5)]
+    found = Model(random_adapter(tiny()), layers)._place(8, torch.device("cpu"))
+    assert [type(layer) for layer in layers] == [Layer, OwnLayer, OwnLayer, OwnLayer, Layer]
+    assert [(s.reads, s.first, s.last, s.turns) for s in found] == [
+        (True, True, False, False), (True, False, True, True), (False, False, False, True)
+    ]  # fmt: skip
+
+
+def test_layers_that_would_go_past_their_station_are_refused() -> None:
+    adapter, device = random_adapter(tiny()), torch.device("cpu")
+    wrapped: list[Any] = [Layer() for _ in range(5)]
+    wrapped[2].forward = lambda *_: None  # what offloading does
+    with pytest.raises(AttachError, match="wrapped"):
+        Model(adapter, wrapped)._place(8, device)
+    with pytest.raises(AttachError, match="no protected form"):
+        Model(adapter, [torch.nn.Identity() for _ in range(5)])._place(8, device)
+    with pytest.raises(AttachError, match="one pipeline rank"):
+        Model(adapter, [Layer() for _ in range(5)], end=2)._place(8, device)
 
 
 @pytest.mark.parametrize("threshold", [-FAR, 0.0, FAR])

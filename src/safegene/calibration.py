@@ -132,13 +132,13 @@ def end_of_turn(
     return list(encoded["input_ids"]), start
 
 
-def shared_beginning(sequences: Sequence[list[int]]) -> int:
+def _shared_beginning(sequences: Sequence[list[int]]) -> int:
     """How many tokens all sequences begin with; every one has another after them."""
     low, high = min(s[:-1] for s in sequences), max(s[:-1] for s in sequences)
     return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
 
 
-def repeated(prefix: Cache, rows: int) -> Cache:
+def _repeated(prefix: Cache, rows: int) -> Cache:
     """A copy of the cache of one row, for a batch of `rows`."""
     cache = copy.deepcopy(prefix)
     cache.batch_repeat_interleave(rows)
@@ -182,7 +182,7 @@ def gate_features(
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     try:
         # Every chat begins with the template's same tokens, a third of a short one: they are read once.
-        shared = shared_beginning(sequences)
+        shared = _shared_beginning(sequences)
         prefix = DynamicCache(config=outer.config)
         head = torch.empty(0)
         if shared:
@@ -195,7 +195,7 @@ def gate_features(
             for r, i in enumerate(rows):  # right padding: a causal model's real positions do not see it
                 ids[r, : len(sequences[i])] = torch.tensor(sequences[i])
                 mask[r, : len(sequences[i])] = 1
-            features = read(ids[:, shared:], mask, repeated(prefix, len(rows)) if shared else None)
+            features = read(ids[:, shared:], mask, _repeated(prefix, len(rows)) if shared else None)
             for r, i in enumerate(rows):
                 own = features[:, r, : len(sequences[i]) - shared]
                 yield i, torch.cat([head, own], dim=1) if shared else own
@@ -277,7 +277,7 @@ def refused(model: Any, tokenizer: Any, config: AdapterConfig, batch_size: int =
     chats.sort(key=len)
     device, pad, found = next(model.parameters()).device, tokenizer.pad_token_id or 0, 0
     # The template's beginning is read once, as in `gate_features`; the padding stands after it.
-    shared, prefix = shared_beginning(chats), DynamicCache(config=unwrap(model).config)
+    shared, prefix = _shared_beginning(chats), DynamicCache(config=unwrap(model).config)
     if shared:
         with evaluating(model):
             model(input_ids=torch.tensor([chats[0][:shared]], device=device), past_key_values=prefix, use_cache=True)
@@ -288,7 +288,7 @@ def refused(model: Any, tokenizer: Any, config: AdapterConfig, batch_size: int =
         mask = torch.tensor(
             [[1] * shared + [0] * (longest - len(r)) + [1] * (len(r) - shared) for r in rows], device=device
         )
-        begun = {"past_key_values": repeated(prefix, len(rows))} if shared else {}
+        begun = {"past_key_values": _repeated(prefix, len(rows))} if shared else {}
         with evaluating(model):
             out = model.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=REFUSAL_TOKENS, do_sample=False, num_beams=1,

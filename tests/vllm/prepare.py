@@ -94,7 +94,7 @@ class Reader:
 
 def opened_late(reader: Reader, wanted: int) -> Iterator[dict[str, Any]]:
     """Answers in which the gate opens, and not before. They begin with all but the end of a harmful request: of their own accord
-    4 of 660 answers to twins opened it so late, and 2 of 81 to harmful requests that had not."""
+    too few open it so late (docs/log.md)."""
     benign = rows("training/text/ordinary_held_out.jsonl", "text")
     begun = []
     for i, text in enumerate(
