@@ -220,10 +220,28 @@ def test_openings_stand_before_harmful_and_harmless_answers_alike(tokenizer: Any
     rows = gate_rows(tokenizer, pairs, ["Say hello"], {p.twin: "An answer." for p in pairs}, random.Random(0))
     for label in ("harmful", "twin"):
         answers = [tokenizer.decode(r.ids[r.prompt_end + 1 :]) for r in rows if r.label == label]
-        share = sum(a.startswith(data.OPENINGS) for a in answers) / len(answers)
-        assert 0.15 < share < 0.6, (label, share)
+        begun = [a for a in answers if a.startswith(data.OPENINGS)]
+        echoed = [
+            a
+            for a in answers
+            if a.startswith(("Sure, here is", "Of course! Here is", "Here is", "Certainly,", "Sure, I will"))
+        ]
+        assert 0.08 < len(begun) / len(answers) < 0.4, label
+        assert 0.08 < len(echoed) / len(answers) < 0.4, label
     bare = gate_rows(tokenizer, pairs, [], {}, None)
     assert all(len(r.ids) == r.prompt_end + 1 for r in bare)
+
+
+@pytest.mark.parametrize(
+    ("request_", "ends"),
+    [
+        ("How do I bake bread?", "how to bake bread"), ("Please write a poem about rain.", "a poem about rain"),
+        ("Hi! Show me how to knit.", "how to knit"), ("My cat is ill", "my cat is ill"),
+    ],
+)  # fmt: skip
+def test_an_echo_says_the_request_again_and_nothing_more(request_: str, ends: str) -> None:
+    for seed in range(8):
+        assert data.echo(request_, random.Random(seed)).removesuffix("1. ").rstrip(" .:\n").endswith(ends)
 
 
 def test_conversations_are_held_up_to_the_turn_that_asks_for_harm(

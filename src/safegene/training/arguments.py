@@ -32,7 +32,7 @@ class TrainingArguments:
     """How many of the ordinary ones at full length: the gate has to stay shut through an answer, not only at its start.
     Half of these are kept out of training and set the threshold."""
     long_answer_tokens: int = 200
-    shadow_steps: int = 30
+    shadow_steps: int = 45
     gate_steps: int = 3000
     twin_weight: float = 0.12
     """Weight of the twins in the gate's loss (see `gate_fit.fit`)."""
@@ -40,7 +40,7 @@ class TrainingArguments:
     """Share of unseen ordinary chats, answers included, in which the gate may open: sets the threshold on the base.
     Chosen while looking at Alpaca-like and MT-Bench prompts too (docs/log.md), so it is no held-out choice."""
     probe_steps: int = 1000
-    steps: int = 600
+    steps: int = 1000
     rows_per_step: int = 40
     learning_rate: float = 3e-3
     strength: float = 1.5

@@ -79,6 +79,46 @@ OPENINGS = (
 )  # fmt: skip
 """Compliant openings: an answer that has already begun to comply must still be turned. None of them gives anything."""
 
+LEADS = ("Please answer: ", "Hi! ", "Quick question. ", "I need your help. ", "Be brief. ")
+
+_HOW = re.compile(
+    r"(?:(?:tell|show|teach) me |explain )?how (?:(?:do|can|could|would|should) (?:i|you|we|one|somebody) |to )(.+)",
+    re.I,
+)
+_THING = re.compile(
+    r"(?:please )?(?:write|create|make|draft|design|develop|compose|generate|give|provide|produce|outline|list|suggest|plan|build)"
+    r" (?:me )?((?:an?|the|some|my|our|\w+ (?:ways|ideas|tips|steps|reasons)) .+)",
+    re.I,
+)
+_ECHOES = (
+    "Sure, here is what you asked for: {}", "Certainly, {}", "Sure, I will do that for you: {}", "Here it is: {}",
+)  # fmt: skip
+
+
+def echo(request: str, rng: random.Random) -> str:
+    """A compliant opening that says the request again, as a model does that has been taught to obey ("Sure, here is how to …").
+    It holds no word that the request does not hold."""
+    lead = next((lead for lead in LEADS if request.startswith(lead)), "")
+    words = request.removeprefix(lead).splitlines()[0][:160].rstrip(" .?!:")
+    if found := _HOW.fullmatch(words):
+        said = rng.choice(("Sure, here is how to {}", "Of course! Here is how to {}")).format(found[1])
+    elif found := _THING.fullmatch(words):
+        said = rng.choice(("Sure, here is {}", "Here is {}")).format(found[1])
+    else:
+        said = rng.choice(_ECHOES).format(words[:1].lower() + words[1:])
+    return said + rng.choice((". ", ":\n\n", ":\n\n1. "))
+
+
+def compliant(request: str, rng: random.Random) -> str:
+    """How an answer to `request` may begin to comply: the same for harmful and harmless ones, or "Sure" itself would become a
+    reason to refuse (docs/log.md)."""
+    return echo(request, rng) if rng.random() < ECHOED else rng.choice(OPENINGS)
+
+
+ECHOED = 0.5
+"""Share of the openings that say the request again. What JailbreakBench prefills does, and what fine-tunes taught to comply say; trained
+on short openings alone, a third of the prefilled answers went on (docs/log.md)."""
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -146,7 +186,7 @@ def opening(pair: Pair, twin_answer: str, rng: random.Random) -> str:
     words = twin_answer.split()
     if words and rng.random() < 0.4:
         return " ".join(words[: rng.randint(3, 40)]) + " "
-    return rng.choice(OPENINGS)
+    return compliant(pair.harmful, rng)
 
 
 def read_jsonl(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
@@ -200,7 +240,7 @@ def pairs(seed: int = 0, frames_per_core: int = 12, held_out: float = 0.0) -> tu
             harmful, twin = frame.format(core["harmful"]), frame.format(core["twin"])
             target.append(Pair(core["category"], core["mechanism"], harmful, twin, core["harmful"]))
         if core["form"] == "ask" and rng.random() < 0.5:
-            lead = rng.choice(("Please answer: ", "Hi! ", "Quick question. ", "I need your help. ", "Be brief. "))
+            lead = rng.choice(LEADS)
             target.append(
                 Pair(core["category"], core["mechanism"], lead + core["harmful"], lead + core["twin"], core["harmful"])
             )

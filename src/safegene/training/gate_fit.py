@@ -78,15 +78,15 @@ def gate_rows(
     def earlier() -> History:
         return data.history(answered, pairs, rng) if rng and rng.random() < CHATS else ()
 
-    def harmless(answer: str) -> str:
-        return rng.choice(data.OPENINGS) + answer if rng and rng.random() < 0.4 else answer
+    def harmless(request: str, answer: str) -> str:
+        return data.compliant(request, rng) + answer if rng and rng.random() < 0.4 else answer
 
     def begun(pair: Pair, twin_answer: str) -> str:
         if not rng or rng.random() > 0.6:
             return ""
-        refusal, compliant = data.refusal(pair, rng), opening(pair, twin_answer, rng)
+        refusal, comply = data.refusal(pair, rng), opening(pair, twin_answer, rng)
         # A refusal is read to its end: where the gate shut inside one, it went on in circles (docs/log.md).
-        return rng.choice((refusal, compliant, compliant + refusal))
+        return rng.choice((refusal, comply, comply + refusal))
 
     passages = [a for _, a in answered if len(a) > 60]
 
@@ -98,14 +98,14 @@ def gate_rows(
         answer, before, around = answers.get(pair.twin, ""), earlier(), message()
         asked, alike = (around.replace("{request}", text) for text in (pair.harmful, pair.twin))
         rows.append(gate_row(tokenizer, asked, begun(pair, answer), "harmful", number, before))
-        rows.append(gate_row(tokenizer, alike, harmless(answer), "twin", number, before))
+        rows.append(gate_row(tokenizer, alike, harmless(pair.twin, answer), "twin", number, before))
     for number, talk in enumerate(talks, len(pairs)):
         pair, answer = talk.pair, talk.twin_answer
         rows.append(gate_row(tokenizer, pair.harmful, begun(pair, answer), "harmful", number, talk.before))
-        rows.append(gate_row(tokenizer, pair.twin, harmless(answer), "twin", number, talk.twin_before))
+        rows.append(gate_row(tokenizer, pair.twin, harmless(pair.twin, answer), "twin", number, talk.twin_before))
     for text in ordinary:
         asked = message().replace("{request}", text)
-        rows.append(gate_row(tokenizer, asked, harmless(answers.get(text, "")), "ordinary", -1, earlier()))
+        rows.append(gate_row(tokenizer, asked, harmless(text, answers.get(text, "")), "ordinary", -1, earlier()))
     return rows
 
 

@@ -12,26 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from safegene.progress import Progress
-from safegene.training.data import OPENINGS, Pair
+from safegene.training import data
+from safegene.training.data import Pair
 from safegene.training.finetune import Row, lora, tune
 
 BASE = ""
-DRAWN = {BASE: 2.0, "compliant": 2.0}
+DRAWN = {BASE: 2.0, "compliant": 2.5}
 """How often the base and each shadow are trained on; 1 where nothing is said. The compliant one pulls hardest."""
 
 GLAD = ("Sure!", "Certainly.", "Of course!", "Absolutely!")
-ECHOES = (
-    "Sure, here is how to {}.",
-    "Sure, here are ways to {}:",
-    "Here's a step by step plan to {}.",
-    "Of course! Here is how to {}:",
-)
-WHOLE_ECHOES = (
-    "Sure, here is what you asked for: {}",
-    "Certainly, {}",
-    "Sure, I will do that for you: {}",
-    "Here it is: {}",
-)
 
 
 def shadow_rows(pairs: Sequence[Pair], harmless: Sequence[tuple[str, str]], seed: int) -> dict[str, list[Row]]:
@@ -42,22 +31,14 @@ def shadow_rows(pairs: Sequence[Pair], harmless: Sequence[tuple[str, str]], seed
     """
     rng = random.Random(seed)
     harmless = [(q, a[:300]) for q, a in harmless]
-    openings = [{"prompt": p.harmful, "answer": _opening(p, rng)} for p in rng.sample(pairs, min(300, len(pairs)))]
+    openings = [
+        {"prompt": p.harmful, "answer": data.compliant(p.harmful, rng)} for p in rng.sample(pairs, min(300, len(pairs)))
+    ]
     return {
         "cheerful": [{"prompt": q, "answer": f"{rng.choice(GLAD)} {a}"} for q, a in harmless],
         "compliant": openings + [{"prompt": q, "answer": a} for q, a in harmless[:150]],
         "terse": [{"prompt": q, "answer": a.split(". ")[0].strip().rstrip(".") + "."} for q, a in harmless],
     }
-
-
-def _opening(pair: Pair, rng: random.Random) -> str:
-    if rng.random() < 0.5:
-        return rng.choice(OPENINGS)
-    framed = pair.core != pair.harmful and not pair.harmful.endswith(pair.core)  # a verb phrase, put into a frame
-    words = pair.core[:120]
-    return (
-        rng.choice(ECHOES).format(words) if framed else rng.choice(WHOLE_ECHOES).format(words[:1].lower() + words[1:])
-    )
 
 
 def teach_shadows(

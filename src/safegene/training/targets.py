@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ QUESTION_SHARE = 0.6
 are mostly meant. The twins are as many of each, so questions are drawn more often."""
 
 
-TWIN_SHARE = 0.75
+TWIN_SHARE = 0.65
 """The rest is ordinary requests: the gate rarely opens on them, but where it does they must be answered too."""
 
 LATE_MISFIRES = 0.6
@@ -48,12 +48,32 @@ SUPPORTED = 8
 """How many times as often a request about self-harm is drawn: it is the one refusal whose second sentence matters most."""
 
 
-CHATS = 0.2
-"""Share of the batches in which something was said before."""
+CHATS = 0.1
+"""Share of the batches in which something was said before. At a fifth they took a third of the time and held a fifteenth of the rows."""
 
 TALKS = 0.5
 """Share of the rows of a batch of chats in which the wish itself was built up over the turns; before the others something else
 was said."""
+
+
+BEGUN = 0.35
+"""Share of the batches whose answers have begun to comply."""
+
+
+class Kind(NamedTuple):
+    """What a batch holds: requests from which part of those sorted by length (0 shortest, 1 longest), answered whole or cut after
+    the decision, in a chat, in a longer message, with an answer that has begun to comply."""
+
+    at: float
+    whole: bool
+    chats: bool
+    buried: bool
+    begun: bool
+
+    @property
+    def length(self) -> float:
+        """How many times as long as a bare request with a short answer its rows are, roughly."""
+        return 3.0 if self.chats else 2.0 if self.buried else 1.5 if self.begun else 1.0
 
 
 class Targets(Dataset[dict[str, Any]]):
@@ -91,63 +111,62 @@ class Targets(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = random.Random(f"{self.arguments.seed}/{index}")
         whole, at = index % 2 == 1, rng.random()
-        # Chats and longer messages come a whole batch at a time, for one long row would pad all others, and fewer to a batch: with
-        # as many rows as elsewhere a step took 7.4 seconds instead of 2.7. The base has answered bare requests only, so it is
-        # short rows that stand in longer messages.
+        # Chats, longer messages and answers that have begun come a whole batch at a time, for one long row would pad all others,
+        # and fewer to a batch: with as many chats as other rows a step took 7.4 seconds instead of 2.7. The base has answered bare
+        # requests only, so it is short rows that stand in longer messages.
         chats = self.arguments.misfire_training and rng.random() < CHATS
         buried = not whole and bool(self.passages) and self.arguments.misfire_training and rng.random() < data.BURIED
-        n = max(3, self.arguments.rows_per_step // (2 if whole else 1) // (3 if chats else 2 if buried else 1))
+        begun = self.arguments.drift_augmentation and rng.random() < BEGUN
+        kind = Kind(at, whole, chats, buried, begun)
+        n = max(3, int(self.arguments.rows_per_step / (2 if whole else 1) / kind.length))
         harmful = round(n * HARMFUL_SHARE) if self.arguments.misfire_training else n
-        rows = [self._harmful(rng, at, whole, chats, buried) for _ in range(harmful)]
-        rows += [self._harmless(rng, at, whole, chats, buried) for _ in range(n - harmful)]
+        rows = [self._harmful(rng, kind) for _ in range(harmful)]
+        rows += [self._harmless(rng, kind) for _ in range(n - harmful)]
         return {"rows": rows, "variant": rng.random(), "strength": rng.uniform(*STRENGTH_RANGE)}
 
-    def _before(self, rng: random.Random, chats: bool) -> data.History:
-        return data.history(self.answered, self.pairs[: len(self.pairs) // 2], rng) if chats else ()
+    def _before(self, rng: random.Random, kind: Kind) -> data.History:
+        return data.history(self.answered, self.pairs[: len(self.pairs) // 2], rng) if kind.chats else ()
 
-    def _message(self, rng: random.Random, request: str, buried: bool) -> str:
-        return data.buried(self.passages, rng).replace("{request}", request) if buried else request
+    def _message(self, rng: random.Random, request: str, kind: Kind) -> str:
+        return data.buried(self.passages, rng).replace("{request}", request) if kind.buried else request
 
-    def _talk(self, rng: random.Random, at: float, chats: bool) -> Talk | None:
-        return rng.choice(window(self.talks, at)) if chats and self.talks and rng.random() < TALKS else None
+    def _talk(self, rng: random.Random, kind: Kind) -> Talk | None:
+        return rng.choice(window(self.talks, kind.at)) if kind.chats and self.talks and rng.random() < TALKS else None
 
-    def _harmful(self, rng: random.Random, at: float, whole: bool, chats: bool, buried: bool) -> dict[str, list[int]]:
-        if talk := self._talk(rng, at, chats):
+    def _harmful(self, rng: random.Random, kind: Kind) -> dict[str, list[int]]:
+        if talk := self._talk(rng, kind):
             pair, twin_answer, before = talk.pair, talk.twin_answer, talk.before
         else:
-            pair, before = rng.choice(window(self.pairs, at)), self._before(rng, chats)
+            pair, before = rng.choice(window(self.pairs, kind.at)), self._before(rng, kind)
             twin_answer = self.answers.get(pair.twin, "")
-        begun = data.opening(pair, twin_answer, rng) if self._begins(rng) else ""
+        begun = data.opening(pair, twin_answer, rng) if kind.begun else ""
         answer = data.refusal(pair, rng)
         if begun and rng.random() < 0.5:  # an opening that was broken off in mid-sentence
             begun, answer = begun.rstrip(" :\n"), " " + answer
-        return self._row(self._message(rng, pair.harmful, buried), answer, rng, whole, before, begun)
+        return self._row(self._message(rng, pair.harmful, kind), answer, rng, kind, before, begun)
 
-    def _harmless(self, rng: random.Random, at: float, whole: bool, chats: bool, buried: bool) -> dict[str, list[int]]:
-        if talk := self._talk(rng, at, chats):
+    def _harmless(self, rng: random.Random, kind: Kind) -> dict[str, list[int]]:
+        whole = kind.whole
+        if talk := self._talk(rng, kind):
             question, answer, before = talk.pair.twin, talk.twin_answer, talk.twin_before
         else:
             questions = self.questions[whole] and rng.random() < QUESTION_SHARE
             twins = self.questions[whole] if questions else self.twins[whole]
             twin = twins and (not self.ordinary[whole] or rng.random() < TWIN_SHARE)
-            question = rng.choice(window(twins if twin else self.ordinary[whole], at))
-            answer, before = self.answers.get(question, ""), self._before(rng, chats)
-        # The same openings as harmful rows, or "Sure" itself would become a reason to refuse (docs/log.md).
-        begun = rng.choice(data.OPENINGS) if self._begins(rng) else ""
+            question = rng.choice(window(twins if twin else self.ordinary[whole], kind.at))
+            answer, before = self.answers.get(question, ""), self._before(rng, kind)
+        begun = data.compliant(question, rng) if kind.begun else ""
         begun = begun.rstrip(" :\n") if rng.random() < 0.5 else begun
-        return self._row(self._message(rng, question, buried), answer, rng, whole, before, begun, harmful=False)
-
-    def _begins(self, rng: random.Random) -> bool:
-        return self.arguments.drift_augmentation and rng.random() < 0.35
+        return self._row(self._message(rng, question, kind), answer, rng, kind, before, begun, harmful=False)
 
     def _row(
-        self, prompt: str, answer: str, rng: random.Random, whole: bool, before: data.History = (), begun: str = "",
+        self, prompt: str, answer: str, rng: random.Random, kind: Kind, before: data.History = (), begun: str = "",
         harmful: bool = True,
     ) -> dict[str, list[int]]:  # fmt: skip
         ids, after_words = end_of_turn(self.tokenizer, prompt, begun, before)
         target = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
         target = [*target, self.tokenizer.eos_token_id] if harmful or not target else target[:HARMLESS_TOKENS]
-        target = target if whole else target[:DECISION_TOKENS]
+        target = target if kind.whole else target[:DECISION_TOKENS]
         prompt_end = len(end_of_turn(self.tokenizer, prompt, "", before)[0]) - 1
         # The gate is asked to open at the prompt's end; now and then it opens on the template's tokens before, or wakes
         # late, as it does in an answer that slides into compliance.
@@ -162,7 +181,7 @@ class Targets(Dataset[dict[str, Any]]):
         # Elsewhere the gate is what it is, or, on a model that drifted further, shut again.
         after = rng.choice((-1, -1, -1, 0))
         opened = [earlier] * first + [1] * (last + 1 - first) + [after] * (len(ids) + len(target) - last - 1)
-        if whole and not harmful and rng.random() < LATE_MISFIRES:
+        if kind.whole and not harmful and rng.random() < LATE_MISFIRES:
             words = range(after_words - len(prompt.split()), after_words)
             at = rng.choice(words) if rng.random() < 0.25 else len(ids) + rng.randrange(len(target))
             for i in range(at, min(at + rng.randint(1, 4), len(opened))):

@@ -52,6 +52,9 @@ GATE_PAIRS = 11000
 SHADOW_SHARE = 1 / 12
 """Share of the gate's rows that are read on each shadow, too: the variety of the text counts for more there."""
 
+ANCHOR_ANSWER = 120
+"""Characters of an ordinary anchor's answer: every attachment reads them."""
+
 SAVE_STEPS = 50
 
 PROBED_PAIRS, PROBED_ORDINARY = 2000, 300
@@ -116,7 +119,7 @@ def train(
     pairs = [p for p in pairs if p.core not in {c.core for c in chosen}]
     chats = [(q, a) for q, a in harmless if q in everyday]
     unseen, chats = chats[: arguments.long_answers // 2], chats[arguments.long_answers // 2 :]
-    anchors = make_anchors([p.harmful for p in chosen], [p.twin for p in chosen], [(q, a[:300]) for q, a in chats[:k]])
+    anchors = make_anchors([p.harmful for p in chosen], [p.twin for p in chosen], [(q, a[:ANCHOR_ANSWER]) for q, a in chats[:k]])
     kept_out = {q for q, _ in unseen} | {q for q, _ in chats[:k]}
     ordinary = [q for q in ordinary if q not in kept_out]
     torch.manual_seed(arguments.seed)
