@@ -24,7 +24,7 @@ from safegene.training.gate_fit import gate_rows, read
 from safegene.training.open_gate import OpenGate, common_prefix
 from safegene.training.talks import hold
 from safegene.training.targets import Targets, collate
-from safegene.training.trainer import train
+from safegene.training.trainer import optimiser, train
 
 SMALL = dict(
     gate_layers=(1, 2), intervention_layers=(2, 3), gate_width=4, rank=2, dtype="float32", frames_per_core=1,
@@ -110,9 +110,9 @@ def test_a_training_that_was_interrupted_ends_like_an_unbroken_one(
 def test_the_models_are_drawn_by_their_weights(tokenizer: Any) -> None:
     model = tiny().requires_grad_(False)
     adapter = random_adapter(model, tokenizer)
-    names = ("", "cheerful", "compliant", "terse")  # weights 2, 1, 2, 1
+    names = ("", "cheerful", "compliant", "terse")  # weights 2, 1, 2.5, 1
     gate = OpenGate(model, adapter, {name: Calibration.of_base(adapter) for name in names}, 2)
-    assert [gate._drawn(share) for share in (0.0, 0.3, 0.34, 0.49, 0.51, 0.83, 0.84, 0.999)] == [
+    assert [gate._drawn(share) for share in (0.0, 0.3, 0.31, 0.46, 0.47, 0.84, 0.85, 0.999)] == [
         "", "", "cheerful", "cheerful", "compliant", "compliant", "terse", "terse",
     ]  # fmt: skip
 
@@ -230,6 +230,14 @@ def test_openings_stand_before_harmful_and_harmless_answers_alike(tokenizer: Any
         assert 0.08 < len(echoed) / len(answers) < 0.4, label
     bare = gate_rows(tokenizer, pairs, [], {}, None)
     assert all(len(r.ids) == r.prompt_end + 1 for r in bare)
+
+
+def test_what_reads_learns_slower_than_what_writes() -> None:
+    adapter = random_adapter(tiny("llama"))
+    writes, reads = optimiser(adapter, 1e-2).param_groups
+    assert {id(p) for p in writes["params"]} == {id(part.up) for part in adapter.interventions.values()}
+    assert len(writes["params"]) + len(reads["params"]) == len(list(adapter.interventions.parameters()))
+    assert reads["lr"] < writes["lr"] == 1e-2
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,10 @@ ANCHOR_ANSWER = 120
 
 SAVE_STEPS = 50
 
+READING_RATE = 0.1
+"""Learning rate of what an intervention reads, over that of what it writes. At 1 the probes were gone within some tens of steps, and in
+two layers of four the wish fell to 1e-5 and below for every prompt: they did nothing (docs/log.md)."""
+
 PROBED_PAIRS, PROBED_ORDINARY = 2000, 300
 """Rows of the probes: a probe starts an intervention that has to tell the twins apart, and is trained further."""
 
@@ -119,7 +123,9 @@ def train(
     pairs = [p for p in pairs if p.core not in {c.core for c in chosen}]
     chats = [(q, a) for q, a in harmless if q in everyday]
     unseen, chats = chats[: arguments.long_answers // 2], chats[arguments.long_answers // 2 :]
-    anchors = make_anchors([p.harmful for p in chosen], [p.twin for p in chosen], [(q, a[:ANCHOR_ANSWER]) for q, a in chats[:k]])
+    anchors = make_anchors(
+        [p.harmful for p in chosen], [p.twin for p in chosen], [(q, a[:ANCHOR_ANSWER]) for q, a in chats[:k]]
+    )
     kept_out = {q for q, _ in unseen} | {q for q, _ in chats[:k]}
     ordinary = [q for q in ordinary if q not in kept_out]
     torch.manual_seed(arguments.seed)
@@ -256,8 +262,9 @@ def _train_interventions(
         models.unwrap(model).set_attn_implementation("eager")
     trainer = Trainer(
         model=OpenGate(model, adapter, calibrations, targets.tokenizer.eos_token_id),
+        optimizers=(optimiser(adapter, arguments.learning_rate), None),
         args=TrainerArguments(
-            output_dir=str(checkpoints), max_steps=arguments.steps, per_device_train_batch_size=1, weight_decay=0.0,
+            output_dir=str(checkpoints), max_steps=arguments.steps, per_device_train_batch_size=1,
             learning_rate=arguments.learning_rate, lr_scheduler_type="cosine", warmup_steps=10, logging_steps=10,
             save_steps=SAVE_STEPS, save_total_limit=2, report_to=[], seed=arguments.seed, remove_unused_columns=False,
             disable_tqdm=True, use_cpu=not torch.cuda.is_available(), label_names=["labels"], max_grad_norm=1.0,
@@ -273,6 +280,16 @@ def _train_interventions(
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.exists() else None
     trainer.train(resume_from_checkpoint=last)
     (out / "losses.json").write_text(json.dumps(trainer.state.log_history), encoding="utf-8")
+
+
+def optimiser(adapter: SafetyAdapter, learning_rate: float) -> torch.optim.Optimizer:
+    """What writes (B) at the full rate, what reads (A, a, w, u) slower: it starts at a probe, and d inputs move its features d
+    entries at a time (compare LoRA+, arXiv 2402.12354)."""
+    named = list(adapter.interventions.named_parameters())
+    writes = [p for name, p in named if name.endswith(".up")]
+    reads = [p for name, p in named if not name.endswith(".up")]
+    groups: list[dict[str, Any]] = [{"params": writes}, {"params": reads, "lr": learning_rate * READING_RATE}]
+    return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=0.0)
 
 
 def _start_at_probes(
