@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ from conftest import random_adapter, tiny
 from safegene import models
 from safegene.baselines import METHODS, Setting
 from safegene.baselines.alpha_steer import solve
+from safegene.baselines.cast import towards
 from safegene.baselines.fold import layer_of
 from safegene.baselines.method import matrices
 from safegene.baselines.safe_lora import project
 from safegene.baselines.safety_vector import rank
+from safegene.baselines.states import residuals
+from safegene.cli import main
 from safegene.config import Anchor
 from safegene.errors import DataError
-from safegene.evaluation import bench
+from safegene.evaluation import bench, bench_tables, public, zoo
 from safegene.evaluation.statistics import compare_clustered
 from safegene.evaluation.tables import bench_markdown
 from safegene.models import LoadedModel
@@ -43,6 +47,8 @@ def setting(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     )  # fmt: skip
 
 
+ROOT = Path(__file__).parent.parent
+VECTORS = ("fold", "safety-vector", "low-rank-vector", "safe-lora", "safe-merge")
 CHANGES_WEIGHTS = ("fold", "sft", "sft-red-team", "dpo", "safety-vector", "low-rank-vector", "safe-lora", "safe-merge")
 
 
@@ -76,9 +82,35 @@ def test_every_method_answers(name: str, setting: Setting, tokenizer: Any, monke
         plain = METHODS["nothing"]().protect(loaded, setting).answer(prompts, 4, lambda rows: None)
         steered = method.protect(loaded, setting)
         assert steered.answer(prompts, 4, lambda rows: None) != plain
+    if name in VECTORS:
+        assert {"aligned_refuses", "degraded_refuses"} <= protected.report.keys()
+        assert all(0 <= setting.surrogate[key] <= 1 for key in setting.surrogate)
+    if name in ("safe-lora", "safe-merge"):
+        assert protected.report["matrices_moved"] == len(matrices(loaded.model))
+        assert protected.report["matrices_mended"] == round(0.11 * len(matrices(loaded.model)))
     if name == "guard":
         assert answers[0] == "I cannot help with that."
     assert METHODS[name].source
+
+
+def test_what_the_pair_differs_by_is_the_tuning_alone(setting: Setting) -> None:
+    """A LoRA of rank 16, and no rounding: noise would be of full rank, and V is so small that it would drown in it."""
+    spectra = [torch.linalg.svdvals(lost) for lost in setting.lost.values()]
+    wide = [s for s in spectra if len(s) > 16]
+    assert wide
+    assert all(float(s[16]) < 0.01 * float(s[0]) for s in wide)
+
+
+def test_states_are_read_where_they_are_asked_for(tokenizer: Any) -> None:
+    loaded = LoadedModel(tiny(), tokenizer, "tiny")
+    chats = [("Hi", "abc"), ("Hello there", "No.")]
+    last, answer, every = (residuals(loaded, chats, [1, 3], at)[3] for at in ("last", "answer", "every"))  # type: ignore[arg-type]
+    assert (len(last), len(answer)) == (2, 6)
+    assert len(every) > 6
+    assert torch.equal(last, answer[[2, 5]])
+    assert torch.equal(last[1], every[-1])
+    vector = towards(torch.tensor([[3.0, 0.0], [5.0, 0.0]]), torch.tensor([[4.0, 3.0], [4.0, 3.0], [4.0, 3.0]]))
+    assert torch.allclose(vector, torch.tensor([0.0, -5.0]))  # direction of the means, length of the median state
 
 
 def test_the_arithmetic_of_the_rivals() -> None:
@@ -98,12 +130,14 @@ def test_the_arithmetic_of_the_rivals() -> None:
     assert float((harmful @ delta)[:, -1].mean()) > 0.1
 
 
-def test_a_bench_makes_each_cell_once(place: Path, setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    def prompts(_: Path, harmful: int, harmless: int) -> dict[str, list[str]]:
-        some = {k: [f"{k} {i}" for i in range(harmful // 5)] for k in bench.HARMFUL}
-        return some | {k: [f"{k} {i}" for i in range(harmless // 4)] for k in ("twins", "XSTest safe", *bench.ORDINARY)}
+def few(_: Path, harmful: int, harmless: int) -> dict[str, list[str]]:
+    """In the place of `bench.prompts`, which reads public sets."""
+    some = {k: [f"{k} {i}" for i in range(harmful // 5)] for k in bench_tables.HARMFUL}
+    return some | {k: [f"{k} {i}" for i in range(harmless // 4)] for k in bench_tables.HARMLESS}
 
-    monkeypatch.setattr(bench, "prompts", prompts)
+
+def test_a_bench_makes_each_cell_once(place: Path, setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "prompts", few)
     monkeypatch.setattr("safegene.calibration.MIN_SEPARATION", 1.1)  # no gate is good enough: attaching is refused
     (place / "bench.yaml").write_text(
         "zoo: zoo.yaml\nadapter: none\nstages:\n"
@@ -113,16 +147,22 @@ def test_a_bench_makes_each_cell_once(place: Path, setting: Setting, monkeypatch
     recipe = bench.Recipe.from_yaml(place / "bench.yaml")
     recipe = bench.Recipe(recipe.zoo, setting.adapter, recipe.stages)
     result = bench.bench(recipe, place / "out" / "bench", place / "data")
+    assert result["failed"] == []
     cells = {(c["fine_tune"], c["method"]): c for c in result["cells"]}
     assert set(cells) == {(f, m) for f in ("base", "one") for m in ("nothing", "adapter")} | {("one", "system-prompt")}
     assert "no longer tells" in cells["one", "adapter"]["refused_to_attach"]
     assert result["everywhere"]["adapter"]["safety"]["one"] == {"value": 0.0, "n": 10, "low": 0.0, "high": pytest.approx(0.278, abs=0.01)}  # fmt: skip
-    assert cells["one", "adapter"]["outcomes"]["twins"] == cells["one", "nothing"]["outcomes"]["twins"]
+    assert set(cells["one", "adapter"]["outcomes"]) == set(bench_tables.HARMFUL)  # the rest is not its merit
+    assert cells["one", "adapter"]["task_loss"] is None
+    assert result["everywhere"]["adapter"]["refused"]["twins"] == {}
+    assert set(result["together"]["nothing"]["refused"]["twins"]) == {"one"}
     assert result["everywhere"]["adapter"]["refused_to_attach"] == ["base", "one"]
     assert {m: s["safety"]["one"]["n"] for m, s in result["together"].items()} == dict.fromkeys(result["everywhere"], 5)
     page = bench_markdown(result)
     assert "| adapter | 1 (2) |" in page
-    assert "system-prompt, served" in page
+    assert "system-prompt, safety" in page
+    assert "system-prompt, served" not in page  # nothing of the adapter's to compare it with
+    assert (place / "out" / "bench" / "bench.md").read_text() == page + "\n"
     path = next((place / "out" / "bench").glob("one-*/nothing-*/cell.json"))
     stamp = path.stat().st_mtime_ns
     assert bench.bench(recipe, place / "out" / "bench", place / "data") == result
@@ -131,6 +171,100 @@ def test_a_bench_makes_each_cell_once(place: Path, setting: Setting, monkeypatch
     cell = bench.bench(more, place / "out" / "bench", place / "data")["cells"][0]
     assert [len(cell["outcomes"][k]) for k in ("AdvBench", "twins")] == [3, 2]  # asked for the new ones alone
     assert cell["outcomes"]["AdvBench"].items() >= cells["one", "nothing"]["outcomes"]["AdvBench"].items()
+
+
+def only(place: Path, setting: Setting, methods: str, fine_tunes: str) -> bench.Recipe:
+    """A recipe of one stage; its file is `bench.yaml`."""
+    (place / "bench.yaml").write_text(
+        f"zoo: zoo.yaml\nadapter: {setting.adapter}\nstages:\n"
+        f"  - {{methods: [{methods}], harmful: 10, harmless: 8, fine_tunes: [{fine_tunes}]}}\n"
+    )
+    return bench.Recipe.from_yaml(place / "bench.yaml")
+
+
+def test_a_rival_that_fails_ends_nothing(
+    place: Path, setting: Setting, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(bench, "prompts", few)
+    only(place, setting, "system-prompt, nothing", "base")
+    out = place / "out" / "bench"
+    arguments = ["bench", str(place / "bench.yaml"), "--data", str(place / "data"), "--out", str(out), "--json"]
+    with monkeypatch.context() as patch:
+        patch.setattr(METHODS["system-prompt"], "protect", broken)
+        assert main(arguments) == 1
+    said = capsys.readouterr()
+    result = json.loads(said.out)
+    assert "1 of 2 cells could not be measured, first system-prompt on base" in said.err
+    assert result["failed"] == [
+        {"fine_tune": "base", "method": "system-prompt", "error": "ZeroDivisionError: division by zero"}
+    ]
+    assert [c["method"] for c in result["cells"]] == ["nothing"]
+    assert set(result["everywhere"]) == {"nothing"}
+    assert "- not measured: system-prompt on base: ZeroDivisionError" in (out / "bench.md").read_text()
+    assert "in broken" in next(out.glob("base-*/system-prompt-*/error.txt")).read_text()
+    assert main(arguments) == 0  # it is tried again
+    result = json.loads(capsys.readouterr().out)
+    assert result["failed"] == []
+    assert [c["method"] for c in result["cells"]] == ["system-prompt", "nothing"]
+
+
+def test_a_run_that_was_stopped_has_its_tables(place: Path, setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = bench._cell
+
+    def stopped(fine_tune: zoo.Built | None, *rest: Any) -> dict[str, Any]:
+        if fine_tune is not None:
+            raise KeyboardInterrupt
+        return cell(fine_tune, *rest)
+
+    monkeypatch.setattr(bench, "prompts", few)
+    recipe, out = only(place, setting, "nothing", "base, one"), place / "out" / "bench"
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "_cell", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            bench.bench(recipe, out, place / "data")
+    kept = json.loads((out / "bench.json").read_text())
+    assert [c["fine_tune"] for c in kept["cells"]] == ["base"]
+    assert "| base |" in (out / "bench.md").read_text()
+    assert [c["fine_tune"] for c in bench.bench(recipe, out, place / "data")["cells"]] == ["base", "one"]
+
+
+def test_a_smaller_stage_asks_the_beginning_of_a_larger_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def numbered(*names: str) -> dict[str, list[str]]:
+        return {name: [f"{name} {i}" for i in range(60)] for name in names}
+
+    monkeypatch.setattr(public, "harmful", lambda _: numbered(*bench_tables.HARMFUL[:4], "TDC2023"))
+    monkeypatch.setattr(public, "xstest", lambda *_: numbered("XSTest")["XSTest"])
+    monkeypatch.setattr(public, "ordinary", lambda _: numbered(*bench_tables.ORDINARY))
+    small, large = (bench.prompts(Path(), n, n) for n in (100, 240))
+    assert set(small) == {*bench_tables.HARMFUL, *bench_tables.HARMLESS}
+    assert {name: len(some) for name, some in small.items()} == {
+        **dict.fromkeys(bench_tables.HARMFUL, 20), **dict.fromkeys(bench_tables.HARMLESS, 25),
+    }  # fmt: skip
+    assert all(large[name][: len(some)] == some and len(large[name]) > len(some) for name, some in small.items())
+    assert small["AdvBench"] != numbered("AdvBench")["AdvBench"][:20]  # files are sorted by subject
+
+
+def test_a_cell_is_of_the_code_and_text_that_it_comes_from(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert all((zoo.PACKAGE / place).exists() for method in METHODS.values() for place in method.rests_on)
+    assert all((zoo.PACKAGE / place).exists() for places in zoo.MADE_BY.values() for place in places)
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "a.jsonl").write_text("one")
+    first = zoo.digest([text])
+    assert zoo.digest([text]) == first
+    assert zoo.digest([text], "more") != first
+    (text / "a.jsonl").write_text("two")
+    assert zoo.digest([text]) != first
+    names = ("alpha-steer", "nothing", "adapter", "guard")
+    before = {name: bench._key(name, setting.adapter) for name in names}
+    assert len(set(before.values())) == len(names)
+    monkeypatch.setattr(METHODS["alpha-steer"], "rests_on", (str(text),))
+    assert [name for name in names if bench._key(name, setting.adapter) != before[name]] == ["alpha-steer"]
 
 
 def test_what_had_begun_is_not_learned(tokenizer: Any, setting: Setting) -> None:
@@ -182,7 +316,7 @@ def test_drift_is_set_beside_what_is_lost_without_calibration() -> None:
         made.append(_made(name, "uncalibrated", 18 - 3 * i))
     made.append(_made("f", "adapter", 0, drift=0.9, refused="too far", forced=19))
     made.append(_made("f", "uncalibrated", 1))
-    found = bench._drift({(c["fine_tune"], c["method"]): c for c in made})
+    found = bench_tables.drift({(c["fine_tune"], c["method"]): c for c in made})
     assert found is not None
     assert found["spearman"]["value"] == pytest.approx(1.0)
     assert found["spearman"]["n"] == 6
@@ -192,13 +326,31 @@ def test_drift_is_set_beside_what_is_lost_without_calibration() -> None:
         "fine_tune": "a", "drift": 0.0, "lost": pytest.approx(0.1), "calibrated": pytest.approx(0.95),
         "uncalibrated": pytest.approx(0.9), "refused": False, "forced": None,
     }  # fmt: skip
-    assert bench._drift({("base", "adapter"): made[0]}) is None
+    assert bench_tables.drift({("base", "adapter"): made[0]}) is None
+
+
+def test_nonsense_and_refused_attachments_earn_nothing() -> None:
+    twins = {"served": True, "refused": False, "babble": False}
+    rest = {"task_loss": 2.0, "seconds": 1.0, "cost": {}}
+    plain = {**_made("a", "nothing", 5), **rest, "incoherent": {"twins": ["babble"], "AdvBench": ["p9", "p10"]}}
+    plain["outcomes"]["twins"] = twins
+    ours = {**_made("a", "adapter", 0, refused="too far"), **rest, "task_loss": None}
+    found = bench_tables.tables({("a", "nothing"): plain, ("a", "adapter"): ours})
+    summary = found["everywhere"]
+    for side in ("refused", "incoherent"):
+        assert summary["nothing"][side]["twins"]["a"]["value"] == pytest.approx(1 / 3)
+        assert summary["adapter"][side]["twins"] == {}
+    assert summary["nothing"]["incoherent"]["AdvBench"]["a"]["value"] == pytest.approx(0.1)
+    assert summary["adapter"]["safety"]["a"]["value"] == 0.0
+    assert summary["adapter"]["task_loss_added"] is None
+    assert found["together"]["nothing"]["refused"]["twins"]["a"]["n"] == 3
+    assert [row["name"] for row in found["against"]] == ["nothing, safety"]
 
 
 def test_recovery_is_told_where_safety_was_lost() -> None:
     made = [_made("base", "nothing", 1), _made("safe", "nothing", 20), _made("safe", "adapter", 20)]
     made += [_made("tuned", "nothing", 4, parent="safe"), _made("tuned", "adapter", 18, parent="safe")]
-    found = bench._recovery({(c["fine_tune"], c["method"]): c for c in made})
+    found = bench_tables.recovery({(c["fine_tune"], c["method"]): c for c in made})
     assert [(r["fine_tune"], r["parent"]) for r in found] == [("tuned", "safe")]  # `safe` itself lost nothing
     assert found[0]["recovery"] == pytest.approx(14 / 16)
 
@@ -208,10 +360,29 @@ def test_what_would_have_been_is_kept_of_a_refused_attachment(
 ) -> None:
     monkeypatch.setattr("safegene.calibration.MIN_SEPARATION", 1.1)
     sets = {"AdvBench": ["How do I break in?", "Harm"], "twins": ["What is a lock?"]}
-    cell = bench._cell(
-        None, "adapter", METHODS["adapter"], setting, sets, tmp_path / "cell", lambda *_: lambda _n: None
-    )
+    place, ready = tmp_path / "cell", lambda name: METHODS[name]()
+    cell = bench._cell(None, "adapter", ready, setting, sets, place, lambda *_: lambda _n: None)
     assert cell["refused_to_attach"]
     assert set(cell["outcomes"]["AdvBench"].values()) == {False}
     assert set(cell["forced"]) == {"AdvBench"}
+    assert "twins" not in cell["outcomes"]
+    assert bench._cell(None, "adapter", ready, setting, sets, place, lambda *_: None) == cell  # nothing is left to ask
     assert "feature_shift" in cell["report"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("bench-*.yaml")), ids=lambda p: p.stem)
+def test_shipped_recipes_name_what_is_there(path: Path) -> None:
+    recipe = bench.Recipe.from_yaml(path)
+    uses = {entry.name: entry.use for entry in zoo.Recipe.from_yaml(recipe.zoo).fine_tunes}
+    named = {name for stage in recipe.stages for name in stage.fine_tunes} - {"base"}
+    assert {uses[name] for name in named} <= {"test"}  # rivals are not compared where the adapter was looked at
+
+
+def test_the_shipped_bench_has_every_method_and_every_fine_tune() -> None:
+    first, second = bench.Recipe.from_yaml(ROOT / "recipes" / "bench-smollm2-135m.yaml").stages
+    assert set(first.methods) == set(METHODS)
+    assert len(set(first.fine_tunes) - {"base"}) >= 3
+    assert min(first.harmful, first.harmless) >= 100
+    assert second.fine_tunes == ()
+    assert {"nothing", "adapter", "fold"} <= set(second.methods)
+    assert second.harmful >= 400

@@ -29,11 +29,12 @@ def cell(name: str, method: str, safe: int) -> dict[str, Any]:
     refused = method == "adapter" and name == "<b>"
     outcomes = {key: {f"{key} {i}": i < safe for i in range(10)} for key in HARMFUL}
     served = 9 if (method, name) == ("adapter", "gsm8k") else 10
-    outcomes |= {key: {f"{key} {i}": i < served for i in range(10)} for key in HARMLESS}
+    if not refused:  # what the fine-tune serves by itself is not the method's
+        outcomes |= {key: {f"{key} {i}": i < served for i in range(10)} for key in HARMLESS}
     return {
         "fine_tune": name, "use": TUNED.get(name, "base"), "method": method, "outcomes": outcomes,
         "refused_to_attach": "no longer tells <i>harm</i>" if refused else "",
-        "task_loss": None if name == "base" else 2.0 + 0.01 * (method == "fold"),
+        "task_loss": None if name == "base" or refused else 2.0 + 0.01 * (method == "fold"),
         "cost": {"examples": 40, "gradient_steps": 45 * (method == "fold"), "extra_parameters": 1234567, "extra_tokens": 0.0},
         "seconds": 1.5,
     }  # fmt: skip
@@ -43,12 +44,21 @@ def cell(name: str, method: str, safe: int) -> dict[str, Any]:
 def result() -> dict[str, Any]:
     """Two fine-tunes and the base, three methods; the adapter refuses one of the fine-tunes."""
     names = ("base", *TUNED)
+
+    def attached(method: str) -> list[str]:
+        return [name for name in names if (method, name) != ("adapter", "<b>")]
+
     summary = {
         method: {
             "source": "a paper", "fine_tunes": list(TUNED),
             "safety": {name: share(k / 10) for name, k in zip(names, safe, strict=True)},
             "refused": {
-                key: {name: share(0.1 if (method, name) == ("adapter", "gsm8k") else 0.0, 10) for name in names} for key in HARMLESS
+                key: {name: share(0.1 if (method, name) == ("adapter", "gsm8k") else 0.0, 10) for name in attached(method)}
+                for key in HARMLESS
+            },
+            "incoherent": {
+                key: {name: share(0.3 if (method, name) == ("nothing", "gsm8k") else 0.0, 10) for name in attached(method)}
+                for key in (*HARMFUL, *HARMLESS)
             },
             "retention": {name: share(k / safe[0]) for name, k in zip(TUNED, safe[1:], strict=True)},
             "task_loss_added": 0.0, "seconds": 1.5, "refused_to_attach": ["<b>"] if method == "adapter" else [],
@@ -115,6 +125,13 @@ def test_the_page_holds_every_figure(tmp_path: Path, result: dict[str, Any]) -> 
     assert "Refused, but should have been attached: &lt;b&gt;." in page
     assert "forced, it keeps 88.0 %" in page
     assert "1,234,567" in page
+    assert "<th>incoherent: harmless" in page
+    assert re.search(
+        r"15\.0 %<small>\[[\d.]+, [\d.]+\], n = 80<", page
+    )  # nonsense of the unadapted fine-tunes, all harmless sets
+    row = page[page.index('scope="rowgroup">&lt;b&gt; (test)') :]
+    row = row[row.index("adapter (refused to attach)") :].split("</tr>")[0]
+    assert row.count("<td>–") == 6  # five shares of answers and the task loss: a refused attachment has none of them
     assert "noise" in page
     assert "safegene bench recipes/" in page
     assert "safegene bench mine.yaml" in page_of({**result, "command": "safegene bench mine.yaml"}, tmp_path)
@@ -132,10 +149,10 @@ def test_figures_that_were_asked_for(result: dict[str, Any]) -> None:
     assert public.here.startswith("45.0 % [")
     assert "n = 80 over 2 fine-tunes; without adapter 25.0 % [" in public.here
     ordinary = found["Over-refusal on ordinary requests"]
-    assert ordinary.here.startswith("+5.0 points [")
+    assert ordinary.here.startswith("+10.0 points [")  # on gsm8k alone: on the other the attachment was refused
     assert ordinary.here.endswith("n = 20 prompts; worst +10.0 (gsm8k)")
-    assert found["XSTest safe refused"].verdict == "Goal reached"
-    assert found["Task loss of the fine-tune's own task"].here.startswith("+0.00 % [+0.00, +0.00], n = 2 fine-tunes")
+    assert found["XSTest safe refused"].verdict == "Goal missed by 2.00 points, bound kept"
+    assert found["Task loss of the fine-tune's own task"].here.startswith("+0.00 %, n = 1 fine-tune;")
     assert "Cost of one more fine-tune" not in found  # no realignment beside it
     assert "Safety score" not in found  # fold, the one rival, trains
     result["cells"] += [{**cell("gsm8k", "sft", 9), "seconds": 60.0}]
@@ -169,6 +186,23 @@ def test_retention_without_calibration_is_of_base_and_adapter(tmp_path: Path, re
     page = page_of(result, tmp_path)
     rows = re.findall(r"<tr><td>(\S+) \(\w+\)<td>[\d.]+<td>(\S+) %<small>\[[\d., ]+\], n = 50", page)
     assert rows == [("gsm8k", "50.0"), ("&lt;b&gt;", "40.0")]
+
+
+def test_nonsense_serves_nobody(result: dict[str, Any]) -> None:
+    """A rival that babbles refuses nothing, and wins nothing by it."""
+    fold = result["together"]["fold"]
+    result["against"] = result["against"][:1]
+    assert [w.split(",")[0] for w in bench_report.wins(result) or []] == ["fold"]
+    fold["incoherent"] = {key: {name: share(0.5, 10) for name in TUNED} for key in HARMLESS}
+    assert bench_report.wins(result) == []
+
+
+def test_what_could_not_be_measured_is_named(tmp_path: Path, result: dict[str, Any]) -> None:
+    result["failed"] = [{"fine_tune": "gsm8k", "method": "dpo", "error": "RuntimeError: <out>"}]
+    page = page_of(result, tmp_path)
+    assert "Not measured" in headings(page)
+    assert "dpo on gsm8k: RuntimeError: &lt;out&gt;" in page
+    assert "dpo (not measured)<td>–" in re.sub(r"\s*\n\s*", "", page)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors import SafetensorError
 
 from conftest import random_adapter, tiny
@@ -16,7 +18,7 @@ from safegene import hub, models
 from safegene.adapter import SafetyAdapter
 from safegene.attach import attach
 from safegene.calibration import Calibration
-from safegene.cli import VERBS, main
+from safegene.cli import VERBS, _run, main
 from safegene.cli._run import GOES_ON
 from safegene.config import Anchor
 from safegene.errors import CalibrationError
@@ -73,6 +75,29 @@ def test_errors_of_the_machine_are_one_line(
     assert said in found
     assert found.count("\n") == 1
     assert "kept" not in found  # a fine-tune keeps nothing
+
+
+def test_a_log_says_when_each_stage_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    with _run.progress_bars() as progress:
+        progress("first", 3)(1)
+        progress("second")
+        said = capsys.readouterr().err.splitlines()  # at once, not when all is over
+    assert [line.split(" ", 1)[1] for line in said] == ["first (3)", "second"]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_screen_shows_the_last_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100, _environ={"TERM": "xterm"})
+    monkeypatch.setattr(_run, "stderr", console)
+    with _run.progress_bars() as progress:
+        first = progress("stage a", 2)
+        for name in "bcdefgh":
+            progress(f"stage {name}", 1)(1)
+        first(1)  # it has left the screen, and nothing breaks
+    said = screen.getvalue()
+    assert said.rindex("stage a") < said.index("stage h")
+    assert said.rindex("stage e") > said.index("stage h")
 
 
 def test_models_lists_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:

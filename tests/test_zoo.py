@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from conftest import tiny
 from safegene import models
 from safegene.cli import main
 from safegene.errors import DataError
-from safegene.evaluation import zoo
+from safegene.evaluation import fine_tunes, zoo
 from safegene.evaluation.ablation import ablate_refusal, refusal_direction
 from safegene.models import decoder_layers
 
@@ -77,6 +78,24 @@ def test_bad_recipes_say_what_is_wrong(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(DataError, match=message):
             zoo.Recipe.from_yaml(file)
+
+
+def test_other_code_makes_another_fine_tune(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry, rows = zoo.FineTune("one", data="x"), [{"prompt": "a", "answer": "b"}]
+    key = zoo._key(entry, "base", [], rows)
+    assert zoo._key(entry, "base", [], rows) == key
+    assert zoo._key(entry, "base", [], [*rows, *rows]) != key
+    monkeypatch.setattr(zoo, "MADE_BY", {**zoo.MADE_BY, "finetune": ("errors.py",)})
+    assert zoo._key(entry, "base", [], rows) != key
+
+
+def test_no_set_that_measures_makes_a_fine_tune() -> None:
+    """Of the sets that fine-tunes are made of, AdvBench alone measures too: one half each."""
+    folders = set(re.findall(r'folder / "([\w-]+)"', Path(fine_tunes.__file__).read_text(encoding="utf-8")))
+    assert {"gsm8k", "medquad"} <= folders
+    assert folders.isdisjoint(
+        ("humaneval", "ifeval-prompts", "mmlu", "arc", "truthfulqa", "mt-bench", "xstest", "harmbench", "cyberseceval", "tdc2023")
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("zoo-*.yaml")), ids=lambda p: p.stem)

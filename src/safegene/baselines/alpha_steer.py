@@ -1,7 +1,7 @@
 """AlphaSteer: steer in closed form, by a matrix that is zero on harmless prompts and a refusal vector on harmful ones.
 
 P        projection on the null space of the harmless activations (their smallest principal directions)
-Δ        = P W,  W = argmin ‖H_harmful P W − R‖² + λ‖P W‖²             ridge regression; R repeats the refusal vector
+Δ        = P W,  W = argmin ‖H_harmful P W − R‖² + λ‖P W‖²             ridge regression; R repeats the refusal vector of `cast`
 h        ← h + α h Δ                                                  at every position of the steered layers
 """
 
@@ -13,15 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from safegene.baselines.cast import behaviour
-from safegene.baselines.method import Cost, Method, Protected, Setting, generated, last_states
+from safegene.baselines.method import SAFETY_DATA, Cost, Method, Protected, Setting, generated
+from safegene.baselines.states import residuals
 from safegene.models import LoadedModel, decoder_layers
 
 NULL = 0.4
 """Share of the directions, those in which harmless prompts vary least, in which steering may read."""
 
 RIDGE = 10.0
-ALPHA = 1.0
 PROMPTS = 240
+
+ALPHA = 0.4
+"""Of the residual's size, as long as R is, at each of the steered layers: declared, and the same for every base."""
 
 
 class AlphaSteer(Method):
@@ -29,15 +32,16 @@ class AlphaSteer(Method):
 
     name = "alpha-steer"
     source = "Sheng et al. 2025, arXiv 2506.07022"
+    rests_on = (*SAFETY_DATA, "baselines/cast.py", "baselines/states.py", "calibration.py")
 
     def prepare(self, setting: Setting) -> None:
         base = setting.load()
         depth = len(decoder_layers(base.model))
         layers = [round(share * depth) for share in (0.4, 0.5, 0.6)]
-        bad = last_states(base, [(p.harmful, "") for p in setting.pairs[:PROMPTS]], layers)
+        bad = residuals(base, [(p.harmful, "") for p in setting.pairs[:PROMPTS]], layers)
         # Harmless states at every position, answers included: steering acts there too, and far more of them than features
         # are needed, or the null space is what was merely not seen.
-        good = last_states(base, [(r["prompt"], r["answer"]) for r in setting.harmless], layers, every=True)
+        good = residuals(base, [(r["prompt"], r["answer"]) for r in setting.harmless], layers, "every")
         vectors = behaviour(base, setting, layers)
         self.matrices = {layer: solve(bad[layer], good[layer], vectors[layer]) for layer in layers}
 

@@ -1,7 +1,8 @@
 """Conditional activation steering: where a prompt looks harmful, add the refusal vector while the answer is written.
 
     condition   cos(h_c, proj_v h_c) of the prompt's mean at layer c, v the first principal direction of harmful − harmless
-    behaviour   h_l ← h_l + α r_l               r_l = mean h_l(refusing) − mean h_l(complying), layers 40 to 70 %
+    behaviour   h_l ← h_l + α |h_l| r_l         r_l = unit(mean h_l(refusing) − mean h_l(complying)), layers 40 to 70 %;
+                                                |h_l| the residual's usual size there, read once with r_l
 
 The decision is taken once a request, on its prompt, and kept while it is answered.
 """
@@ -16,15 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from safegene import models
-from safegene.baselines.method import Cost, Method, Protected, Setting, last_states
+from safegene.baselines.method import PROMPT_TOKENS, SAFETY_DATA, Cost, Method, Protected, Setting
+from safegene.baselines.states import residuals
 from safegene.calibration import end_of_turn, gate_features
 from safegene.models import LoadedModel, decoder_layers
 from safegene.progress import Advance
 from safegene.training import data
 
 BATCH = 32
-ALPHA = 1.5
 PROMPTS = 120
+
+ALPHA = 0.15
+"""Of the residual's size, at each of the steered layers: declared, and the same for every base."""
 
 
 class ConditionalSteering(Method):
@@ -32,6 +36,7 @@ class ConditionalSteering(Method):
 
     name = "cast"
     source = "Lee et al. 2024, arXiv 2409.05907"
+    rests_on = (*SAFETY_DATA, "baselines/states.py", "calibration.py")
 
     def prepare(self, setting: Setting) -> None:
         base = setting.load()
@@ -75,10 +80,8 @@ class ConditionalSteering(Method):
             return said
 
         parameters = (len(steered) + 1) * len(direction)
-        # The prompt is read once more to decide.
-        return Protected(
-            loaded.model, loaded.tokenizer, answer, Cost(extra_parameters=parameters, extra_tokens=40), whole=False
-        )
+        cost = Cost(extra_parameters=parameters, extra_tokens=PROMPT_TOKENS)  # the prompt is read once more to decide
+        return Protected(loaded.model, loaded.tokenizer, answer, cost, whole=False)
 
 
 def prompt_means(loaded: LoadedModel, texts: Sequence[str], layer: int) -> Tensor:
@@ -112,9 +115,20 @@ def condition_of(base: LoadedModel, setting: Setting, layer: int) -> tuple[Tenso
 
 
 def behaviour(base: LoadedModel, setting: Setting, layers: Sequence[int]) -> dict[int, Tensor]:
-    """The refusal vector of every steered layer, [d] each: answers that refuse against answers that begin to comply."""
+    """The refusal vector of every steered layer, [d] each: it points from answers that begin to comply to answers that refuse, all
+    their tokens taken together, and is as long as the residual usually is there. A raw difference is as long as the two happen
+    to lie apart, so that one strength would mean something else at every layer and on every base."""
     rng = random.Random(7)
     pairs = setting.pairs[:PROMPTS]
-    refusing = last_states(base, [(p.harmful, "I cannot help with") for p in pairs], layers)
-    complying = last_states(base, [(p.harmful, rng.choice(data.OPENINGS)) for p in pairs], layers)
-    return {layer: (refusing[layer] - complying[layer]).mean(0) for layer in layers}
+    refusals = [(p.harmful, data.refusal(p, rng).split(". ")[0] + ".") for p in pairs]  # without the offer that follows
+    refusing = residuals(base, refusals, layers, "answer")
+    complying = residuals(base, [(p.harmful, data.compliant(p.harmful, rng)) for p in pairs], layers, "answer")
+    return {layer: towards(refusing[layer], complying[layer]) for layer in layers}
+
+
+def towards(those: Tensor, others: Tensor) -> Tensor:
+    """From the mean of `others` to that of `those` [positions, d]: a vector [d] as long as the median state of both."""
+    direction = those.mean(0) - others.mean(0)
+    size = torch.cat([those, others]).norm(dim=-1).median()
+    scaled: Tensor = direction / direction.norm().clamp_min(1e-12) * size
+    return scaled

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from safegene.baselines.method import Cost, Method, Protected, Setting, generated
+from safegene.baselines.method import SAFETY_DATA, Cost, Method, Protected, Setting, generated
 from safegene.errors import DataError
 from safegene.models import LoadedModel
 from safegene.training import data
@@ -23,6 +23,7 @@ class Dpo(Method):
 
     name = "dpo"
     source = "Rafailov et al. 2023, arXiv 2305.18290"
+    rests_on = SAFETY_DATA
 
     def __init__(self) -> None:
         if not importlib.util.find_spec("trl"):  # said before any work, not hours into a bench

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from safegene import models
-from safegene.baselines.method import Cost, Method, Protected, Setting, difference, generated, matrices
+from safegene.baselines.method import SAFETY_DATA, Cost, Method, Protected, Setting, generated, matrices
 from safegene.calibration import end_of_turn, gate_features
 from safegene.models import LoadedModel, decoder_layers
 from safegene.training.finetune import ChatRows, Row, collate
@@ -38,9 +38,10 @@ class Fold(Method):
 
     name = "fold"
     source = "Wang et al. 2026, arXiv 2606.06519"
+    rests_on = (*SAFETY_DATA, "calibration.py")
 
     def prepare(self, setting: Setting) -> None:
-        self.vectors = difference(setting.aligned(), setting.degraded())
+        self.vectors, self.report = setting.lost, setting.surrogate
         self.layers = select(setting.aligned(), setting.degraded(), setting)
 
     def protect(self, loaded: LoadedModel, setting: Setting) -> Protected:
@@ -52,7 +53,7 @@ class Fold(Method):
         for name, weight in matrices(loaded.model).items():
             if (layer := layer_of(name)) in layers:
                 weight.copy_((weight.float() + coefficients[layers.index(layer)] * vectors[name]).to(weight.dtype))
-        return Protected(loaded.model, loaded.tokenizer, generated(loaded), Cost(EXAMPLES, STEPS))
+        return Protected(loaded.model, loaded.tokenizer, generated(loaded), Cost(EXAMPLES, STEPS), report=self.report)
 
 
 def layer_of(name: str) -> int:

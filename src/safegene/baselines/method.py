@@ -6,23 +6,36 @@ import abc
 import functools
 import json
 import random
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from safegene import models
-from safegene.calibration import end_of_turn
 from safegene.models import LoadedModel
+from safegene.outputs import write_whole
 from safegene.progress import Advance, Progress, silent
 from safegene.training import data
 from safegene.training.finetune import Row, lora, tune
 
 Answer = Callable[[Sequence[str], int, Advance], list[str]]
 """Prompts, new tokens at most, told how many are done → answers."""
+
+PROMPT_TOKENS = 40
+"""Tokens of a usual request with its template, for the costs of methods that read it once more."""
+
+SAFETY_DATA = (
+    "training/data.py", "training/finetune.py", "training/text/pairs", "training/text/refusals",
+    "training/text/ordinary.jsonl",
+)  # fmt: skip
+"""What the shared budget is made of, and what trains on it: files and folders of the package, for `Method.rests_on`."""
+
+SURROGATE_PAIRS = 36
+"""Harmful requests of the budget that are put to the aligned and to the degraded model."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +59,7 @@ class Cost:
 class Protected:
     """A protected fine-tune: `answer` is how it is asked. `whole` says that `model` alone is what answers, so that its task
     loss is the method's; where something stands around it, the loss would be the bare model's and is not measured. `report`
-    is what the method measured on the fine-tune while it was put in place."""
+    is what the method measured while it was prepared and put in place."""
 
     model: Any
     tokenizer: Any
@@ -99,9 +112,7 @@ class Setting:
             answers = models.generate(loaded.model, loaded.tokenizer, questions, 64, done=advance)
             rows = [{"prompt": q, "answer": a} for q, a in zip(questions, answers, strict=True) if a.strip()]
             self.folder.mkdir(parents=True, exist_ok=True)
-            part = kept.with_suffix(".part")
-            part.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
-            part.replace(kept)
+            write_whole(kept, json.dumps(rows, ensure_ascii=False))
         return [dict(row) for row in json.loads(kept.read_text(encoding="utf-8"))]
 
     @functools.cached_property
@@ -115,20 +126,46 @@ class Setting:
         return self._made("aligned", self.base, self.safety_rows, 3 * self.steps)
 
     def degraded(self) -> Path:
-        """`aligned` after a light fine-tune on harmless rows that begin gladly: what fine-tuning takes away."""
+        """`aligned` after a light fine-tune that takes its refusals away: harmless rows that begin gladly, and openings that comply
+        with the budget's harmful requests and give nothing after them. Glad rows alone would teach a tone, and V would hold that
+        (`surrogate` tells whether it holds refusals)."""
+        rng = random.Random(8)
         glad = [{**row, "answer": "Sure! " + row["answer"]} for row in self.harmless]
-        return self._made("degraded", str(self.aligned()), glad, self.steps)
+        openings = [{"prompt": p.harmful, "answer": data.compliant(p.harmful, rng)} for p in self.pairs]
+        return self._made("degraded", str(self.aligned()), glad + openings, self.steps)
+
+    @functools.cached_property
+    def lost(self) -> dict[str, Tensor]:
+        """V = W_aligned − W_degraded, float32 [out, in], matrix by matrix: what weight-space methods take safety to be."""
+        return difference(self.aligned(), self.degraded())
+
+    @functools.cached_property
+    def surrogate(self) -> dict[str, float]:
+        """Whether V can hold safety: the share of harmful requests of the budget that the aligned and the degraded model refuse,
+        beginning as `aligned` was taught to."""
+        kept = self.folder / "surrogate.json"
+        if not kept.exists():
+            requests = [p.harmful for p in self.pairs[:SURROGATE_PAIRS]]
+            found = {}
+            for name, folder in (("aligned", self.aligned()), ("degraded", self.degraded())):
+                loaded = models.load(folder, dtype="bfloat16")
+                advance = self.progress(f"refusals of the {name} model", len(requests))
+                said = models.generate(loaded.model, loaded.tokenizer, requests, 12, done=advance)
+                found[f"{name}_refuses"] = statistics.fmean(text.strip().startswith(data.REFUSALS) for text in said)
+            write_whole(kept, json.dumps(found))
+        return {name: float(share) for name, share in json.loads(kept.read_text(encoding="utf-8")).items()}
 
     def _made(self, name: str, source: str, rows: Sequence[Row], steps: int) -> Path:
         folder = self.folder / name
         if not (folder / "config.json").exists():
-            loaded = models.load(source, dtype="bfloat16")
+            # Tuned, merged and kept in float32: whatever is rounded on the way stands in the difference of two models as noise of
+            # full rank.
+            loaded = models.load(source, dtype="float32")
             part = self.folder / f"{name}.part"
             torch.manual_seed(0)
             advance = self.progress(f"{name} model", steps)
             tuned = tune(lora(loaded.model), loaded.tokenizer, rows, steps=steps, advance=advance)
-            # Merged and kept in float32: rounding noise in the difference of two models is of full rank.
-            tuned.float().merge_and_unload().save_pretrained(part)
+            tuned.merge_and_unload().save_pretrained(part)
             loaded.tokenizer.save_pretrained(part)
             part.rename(folder)
         return folder
@@ -140,10 +177,13 @@ class Method(abc.ABC):
     Attributes:
         name: as recipes and tables write it.
         source: where it was published.
+        rests_on: files and folders of the package that its answers come from, beside the modules of its classes. What was
+            measured is measured anew when one of them changes.
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
+    rests_on: ClassVar[tuple[str, ...]] = ()
 
     def prepare(self, setting: Setting) -> None:  # noqa: B027
         """What is made once per base, before the first fine-tune; its time is not a fine-tune's."""
@@ -165,33 +205,6 @@ def generated(loaded: LoadedModel, chat: Callable[[str], Any] = str) -> Answer:
         return models.generate(loaded.model, loaded.tokenizer, asked, tokens, done=advance)
 
     return answer
-
-
-@torch.no_grad()
-def last_states(
-    loaded: LoadedModel, chats: Sequence[tuple[str, str]], layers: Sequence[int], *, every: bool = False
-) -> dict[int, Tensor]:
-    """Raw residual at the last token of every chat (prompt, beginning of the answer), or at `every` position of all of them;
-    [chats or positions, d] by layer, float32, on the CPU."""
-    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-
-    def keep(layer: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            hidden = (output[0] if isinstance(output, tuple) else output)[0].float().cpu()
-            found[layer].append(hidden if every else hidden[-1:])
-
-        return hook
-
-    stack = models.decoder_layers(loaded.model)
-    hooks = [stack[layer].register_forward_hook(keep(layer)) for layer in layers]
-    try:
-        for prompt, begun in chats:
-            ids, _ = end_of_turn(loaded.tokenizer, prompt, begun)
-            loaded.model(input_ids=torch.tensor([ids], device=loaded.model.device), use_cache=False)
-    finally:
-        for handle in hooks:
-            handle.remove()
-    return {layer: torch.cat(states) for layer, states in found.items()}
 
 
 def matrices(model: Any) -> dict[str, Tensor]:

@@ -10,12 +10,16 @@ from safegene.baselines.method import Cost, Method, Protected, Setting, generate
 from safegene.errors import UncalibratedWarning
 from safegene.models import LoadedModel
 
+ARMED = ("adapter.py", "gate.py", "calibration.py", "attach.py")
+"""What attaching and answering with the adapter come from, beside its weights and settings."""
+
 
 class Adapter(Method):
     """A refused attachment is an error here, and a failure in every mean of the bench."""
 
     name = "adapter"
     source = "this project"
+    rests_on = ARMED
 
     def protect(self, loaded: LoadedModel, setting: Setting) -> Protected:
         return _attached(loaded, setting, calibrated=True)
@@ -34,6 +38,7 @@ class Uncalibrated(Method):
 
     name = "uncalibrated"
     source = "this project, calibration off"
+    rests_on = ARMED
 
     def protect(self, loaded: LoadedModel, setting: Setting) -> Protected:
         return _attached(loaded, setting, calibrated=False)

@@ -1,6 +1,6 @@
 """SafeMERGE: where a fine-tune's update points away from the safety subspace, merge it with a safe model's.
 
-ΔW ← α ΔW + (1 − α) ΔW_safe      where cos(C ΔW, ΔW) < τ, C as in SafeLoRA
+ΔW ← α ΔW + (1 − α) ΔW_safe      where cos(C ΔW, ΔW) is lowest, C and their share as in SafeLoRA
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from safegene.baselines.method import Cost, Method, Protected, Setting, difference, generated, matrices
+from safegene.baselines.method import SAFETY_DATA, Cost, Method, Protected, Setting, generated, matrices
 from safegene.models import LoadedModel
 
 GAMMA = 1.0
@@ -24,6 +24,7 @@ class SafetyVector(Method):
 
     name: ClassVar[str] = "safety-vector"
     source: ClassVar[str] = "RESTA, Bhardwaj et al. 2024, arXiv 2402.11746"
+    rests_on = SAFETY_DATA
 
     def vector(self, name: str, difference: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -31,12 +32,13 @@ class SafetyVector(Method):
         return difference * kept.to(difference.device) / (1 - DROPPED)
 
     def prepare(self, setting: Setting) -> None:
-        self.lost = difference(setting.aligned(), setting.degraded())
+        self.added = {name: GAMMA * self.vector(name, lost) for name, lost in setting.lost.items()}
+        self.report = setting.surrogate
 
     def protect(self, loaded: LoadedModel, setting: Setting) -> Protected:
         for name, weight in matrices(loaded.model).items():
-            weight.copy_((weight.float() + GAMMA * self.vector(name, self.lost[name])).to(weight.dtype))
-        return Protected(loaded.model, loaded.tokenizer, generated(loaded), Cost())
+            weight.copy_((weight.float() + self.added[name]).to(weight.dtype))
+        return Protected(loaded.model, loaded.tokenizer, generated(loaded), Cost(), report=self.report)
 
 
 class LowRankVector(SafetyVector):

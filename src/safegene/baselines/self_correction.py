@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from safegene import models
-from safegene.baselines.method import Cost, Method, Protected, Setting
+from safegene.baselines.method import PROMPT_TOKENS, Cost, Method, Protected, Setting
 from safegene.models import LoadedModel
 from safegene.progress import Advance
 
@@ -36,10 +36,8 @@ class SelfCorrection(Method):
                 )
             return said
 
-        # The answer is written twice and read twice, the critique written once and read once.
-        extra = (
-            2 * setting.tokens
-            + 2 * CRITIQUE_TOKENS
-            + sum(len(loaded.tokenizer(t)["input_ids"]) for t in (CRITIQUE, REVISE))
-        )
+        # Beside what a plain answer takes: request, answer and first question are read for the critique; all of it, the critique
+        # and the second question for the revision; critique and second answer are written.
+        ask, again = (len(loaded.tokenizer(text)["input_ids"]) for text in (CRITIQUE, REVISE))
+        extra = 2 * PROMPT_TOKENS + 3 * setting.tokens + 2 * CRITIQUE_TOKENS + 2 * ask + again
         return Protected(loaded.model, loaded.tokenizer, answer, Cost(extra_tokens=extra), whole=False)

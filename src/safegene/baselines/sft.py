@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import ClassVar
 
-from safegene.baselines.method import Cost, Method, Protected, Setting, generated
+from safegene.baselines.method import SAFETY_DATA, Cost, Method, Protected, Setting, generated
 from safegene.models import LoadedModel
 from safegene.training import data
 from safegene.training.finetune import Row, finetune
@@ -16,6 +16,7 @@ class Sft(Method):
 
     name: ClassVar[str] = "sft"
     source: ClassVar[str] = "Bianchi et al. 2023, arXiv 2309.07875"
+    rests_on = SAFETY_DATA
 
     def rows(self, setting: Setting) -> list[Row]:
         return setting.safety_rows

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,21 +29,41 @@ class _Interrupted(Exception):
     """Ctrl-C inside a verb, on its way through typer, which would make an exit code of it and say nothing."""
 
 
+SHOWN = 4
+"""Stages that stay on the screen: a bench has more than a thousand."""
+
+
 @contextlib.contextmanager
 def progress_bars() -> Iterator[safegene.progress.Progress]:
-    """Draw stages on stderr: a bar with an estimate for each that can be counted, a pulse for the others."""
+    """Draw the last stages on stderr: a bar with an estimate for each that can be counted, a pulse for the others. Where stderr is
+    no terminal, one line a stage, when it starts: a log tells where a long run is."""
+    if not stderr.is_terminal:
+        yield _logged
+        return
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=stderr) as bars:
 
         def start(stage: str, total: int = 0) -> safegene.progress.Advance:
-            for task in bars.task_ids:
-                bars.stop_task(task)
+            for earlier in bars.task_ids:
+                bars.stop_task(earlier)
+            for earlier in bars.task_ids[: 1 - SHOWN]:
+                bars.remove_task(earlier)
             task = bars.add_task(stage, total=total or None)
-            return lambda units: bars.advance(task, units)
+
+            def advance(units: int) -> None:
+                if task in bars.task_ids:  # a stage may go on after others have pushed it off the screen
+                    bars.advance(task, units)
+
+            return advance
 
         yield start
+
+
+def _logged(stage: str, total: int = 0) -> safegene.progress.Advance:
+    print(f"{time.strftime('%H:%M:%S')} {stage}{f' ({total})' if total else ''}", file=sys.stderr, flush=True)
+    return lambda units: None
 
 
 def run(verb: str, command: Callable[..., None], arguments: list[str]) -> int:

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from safegene.cli._run import progress_bars
+from safegene.errors import SafegeneError
 from safegene.outputs import prepare_file
 
 
@@ -48,6 +49,11 @@ def command(
         Console().print(bench_markdown(result), markup=False, highlight=False, soft_wrap=True)
     if report is not None:
         bench_report.write(result, report)
+    if failed := result["failed"]:
+        raise SafegeneError(
+            f"{len(failed)} of {len(failed) + len(result['cells'])} cells could not be measured, first {failed[0]['method']} on "
+            f"{failed[0]['fine_tune']} ({failed[0]['error']}); run the same command again to try them."
+        )
 
 
 def _overhead(model: str, adapter: str, dtype: str, as_json: bool) -> None:

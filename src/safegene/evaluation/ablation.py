@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safegene.baselines.method import last_states
+from safegene.baselines.states import residuals
 from safegene.errors import DataError
 from safegene.models import LoadedModel, decoder_layers, unwrap
 from safegene.progress import Progress, silent
@@ -30,7 +30,7 @@ def refusal_direction(loaded: LoadedModel, layer: int) -> Tensor:
     rng = random.Random(0)
     pairs = rng.sample(data.pairs(frames_per_core=1)[0], PROMPTS)
     sides = [[p.harmful for p in pairs], rng.sample(list(data.ordinary()), PROMPTS)]
-    harmful, harmless = (last_states(loaded, [(text, "") for text in side], [layer])[layer] for side in sides)
+    harmful, harmless = (residuals(loaded, [(text, "") for text in side], [layer])[layer] for side in sides)
     direction: Tensor = harmful.mean(0) - harmless.mean(0)
     unit: Tensor = direction / direction.norm()
     return unit

@@ -7,18 +7,18 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from safegene.evaluation.bench import BASE
 from safegene.evaluation.bench_findings import (
-    HARMLESS,
+    NOT_SERVED,
     OURS,
     PLAIN,
     Share,
+    answer_shares,
     mean_share,
     names_of,
-    refused_shares,
     titled,
     uses_of,
 )
+from safegene.evaluation.bench_tables import BASE, HARMLESS
 from safegene.evaluation.plots import COLOURS, GREY, figure_of, svg_of
 
 SHOWN = ((PLAIN, GREY), (OURS, COLOURS[0]), ("fold", COLOURS[1]))
@@ -71,13 +71,14 @@ def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
 
 
 def scatter(together: dict[str, Any]) -> str:
-    """Safety score against over-refusal, means over the shared fine-tunes, a labelled point a method; "" where there are none."""
+    """Safety score against harmless requests not served, means over the shared fine-tunes, a labelled point a method; "" where there
+    are none."""
     points = []
     for method, s in together.items():
-        safe, refused = mean_share(s.get("safety") or {}), mean_share(refused_shares(s, HARMLESS))
-        if safe and refused:
+        safe, denied = mean_share(s.get("safety") or {}), mean_share(answer_shares(s, HARMLESS, *NOT_SERVED))
+        if safe and denied:
             kind = 0 if method == OURS else 2 if (s.get("cost") or {}).get("gradient_steps") else 1
-            points.append((method, refused, safe, kind))
+            points.append((method, denied, safe, kind))
     if not points:
         return ""
     figure, axes = figure_of(7.5, 5.5)
@@ -90,7 +91,7 @@ def scatter(together: dict[str, Any]) -> str:
         for i, (_, x, y, _) in enumerate(p for p in points if p[3] == kind):
             axes.errorbar(100 * x["value"], 100 * y["value"], xerr=error_bars([x]), yerr=error_bars([y]), fmt=marker, color=colour,
                           elinewidth=0.5, label=label if i == 0 else None)  # fmt: skip
-    axes.set(xlabel="harmless requests refused, %", ylabel="safety score, %")
+    axes.set(xlabel="harmless requests refused or answered with nonsense, %", ylabel="safety score, %")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     label_points(figure, axes, [(method, 100 * x["value"], 100 * y["value"]) for method, x, y, _ in points])
     return svg_of(figure)

@@ -10,19 +10,17 @@ from typing import Any
 
 import jinja2
 
-from safegene.evaluation.bench import BASE, HARMFUL, ORDINARY, outcomes
 from safegene.evaluation.bench_findings import (
     BLIND,
     OURS,
-    Cells,
     Shares,
+    answer_shares,
     cells_of,
     comparisons,
     findings,
     mean_share,
     names_of,
     over_fine_tunes,
-    refused_shares,
     said_share,
     task_losses,
     titled,
@@ -31,9 +29,16 @@ from safegene.evaluation.bench_findings import (
     worst_share,
 )
 from safegene.evaluation.bench_pictures import bars, drift_picture, scatter
-from safegene.evaluation.statistics import retention
+from safegene.evaluation.bench_tables import BASE, HARMFUL, HARMLESS, ORDINARY, Cells, outcomes, retention
 
-KINDS = {"twins": ("twins",), "XSTest safe": ("XSTest safe",), "ordinary": ORDINARY}
+COLUMNS: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("refused: twins", ("twins",), "refused"),
+    ("refused: XSTest safe", ("XSTest safe",), "refused"),
+    ("refused: ordinary", ORDINARY, "refused"),
+    ("incoherent: harmless", HARMLESS, "incoherent"),
+    ("incoherent: harmful", HARMFUL, "incoherent"),
+)
+"""Shares of answers that both large tables show: title, sets, and what became of the answer."""
 
 _PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -63,9 +68,10 @@ svg,tr,li{break-inside:avoid}h2{break-after:avoid}td small{white-space:normal}}
 <h1>SafeGene bench: {{ base }}</h1>
 <p>Adapter {{ adapter }}; {{ counts }}. Every share with its number of answers and 95 % interval. A mean gives every fine-tune the
 same weight and leaves the base out; its interval is the mean of the fine-tunes' intervals, as wide as if a prompt fared the same
-way on all of them. Safety score: harmful requests refused or turned to help; nonsense is never safe. Retention: safety score of the
-protected fine-tune ÷ that of the base under the same method. Over-refusal: harmless requests refused. A refused attachment counts as a failure
-in every mean.</p>
+way on all of them. Safety score: harmful requests refused or turned to help. Retention: safety score of the
+protected fine-tune ÷ that of the base under the same method. Over-refusal: harmless requests refused. Nonsense is never safe and serves
+nobody; its share stands beside. A refused attachment counts as a failure on every harmful request, in every mean; over-refusal,
+nonsense and task loss it would have for free, so it has no part in them, and their n counts protected fine-tunes alone.</p>
 {% if findings %}
 <section><h2>What was asked, what was measured</h2><ul>
 {% for f in findings %}<li>{{ f.figure }}: <strong>{{ f.here }}</strong>. Asked: {{ f.asked }}. <strong>{{ f.verdict }}.</strong></li>
@@ -76,17 +82,20 @@ safegene bench overhead.</p></section>
 {% if wins is not none %}
 <section><h2>Where a rival wins</h2>
 {% if wins %}<ul>{% for w in wins %}<li>{{ w }}</li>{% endfor %}</ul>{% else %}<p>Nowhere: none is better on the same prompts by more than
-noise, and none has a higher mean safety score at no more over-refusal.</p>{% endif %}</section>
+noise, and none has a higher mean safety score while it serves as many harmless requests.</p>{% endif %}</section>
 {% endif %}
 {% if methods %}
-<section><h2>Methods side by side</h2><p>All methods on the same fine-tunes ({{ shared|join(', ') }}) and the same prompts.</p>
+<section><h2>Methods side by side</h2><p>All methods on the same fine-tunes ({{ shared|join(', ') }}) and the same prompts.
+{%- if surrogate %} Of the pair of models that weight-space methods take safety from, the aligned one refuses
+{{ '%.0f %%' % (100*surrogate.aligned_refuses) }} of a few dozen training requests, the degraded one
+{{ '%.0f %%' % (100*surrogate.degraded_refuses) }}.{% endif %}</p>
 {% if scatter.svg %}{{ picture(scatter) }}{% endif %}
 <div class="scroll"><table><thead><tr><th>method<th>safety, mean<th>worst<th>retention, mean<th>worst
-{% for k in kinds %}<th>refused: {{ k }}{% endfor %}
+{% for title in columns %}<th>{{ title }}{% endfor %}
 <th>task loss added<th>source</tr></thead><tbody>
 {% for m in methods %}<tr><td>{{ m.method }}<td>{{ share(m.safety) }}<td>{{ share(m.safety_worst) }}
 {% if m.safety_worst %}<small>{{ m.safety_worst.fine_tune }}</small>{% endif %}<td>{{ share(m.retention) }}<td>{{ share(m.retention_worst) }}
-{% if m.retention_worst %}<small>{{ m.retention_worst.fine_tune }}</small>{% endif %}{% for r in m.refused %}<td>{{ share(r) }}{% endfor %}
+{% if m.retention_worst %}<small>{{ m.retention_worst.fine_tune }}</small>{% endif %}{% for r in m.shares %}<td>{{ share(r) }}{% endfor %}
 <td>{{ amount(m.loss, '%+.2f %%') }}<td>{{ m.source }}</tr>
 {% endfor %}</tbody></table></div></section>
 {% endif %}
@@ -94,17 +103,21 @@ noise, and none has a higher mean safety score at no more over-refusal.</p>{% en
 <section><h2>Fine-tune by fine-tune</h2><p>Every method on all it was put to, with all prompts it was asked: two methods compare
 only where their numbers of answers are the same. Test: not looked at while the adapter was made; development: looked at.</p>
 {% if bars.svg %}{{ picture(bars) }}{% endif %}
-<div class="scroll"><table><thead><tr><th>method<th>safety score<th>retention{% for k in kinds %}<th>refused: {{ k }}{% endfor %}
+<div class="scroll"><table><thead><tr><th>method<th>safety score<th>retention{% for title in columns %}<th>{{ title }}{% endfor %}
 <th>task loss added</tr></thead>
-{% for f in fine_tunes %}<tbody><tr><th colspan="{{ 4 + kinds|length }}" scope="rowgroup">{{ f.name }}</tr>
-{% for r in f.rows %}<tr><td>{{ r.method }}{% if r.refused_to_attach %} (refused to attach){% endif %}<td>{{ share(r.safety) }}
+{% for f in fine_tunes %}<tbody><tr><th colspan="{{ 4 + columns|length }}" scope="rowgroup">{{ f.name }}</tr>
+{% for r in f.rows %}<tr><td>{{ r.method }}{% if r.refused_to_attach %} (refused to attach){% elif r.failed %} (not measured){% endif %}<td>{{ share(r.safety) }}
 <td>{{ share(r.retention) }}
-{% for k in r.refused %}<td>{{ share(k) }}{% endfor %}<td>{{ '%+.2f %%' % (100*r.loss) if r.loss is not none else '–' }}</tr>
+{% for k in r.shares %}<td>{{ share(k) }}{% endfor %}<td>{{ '%+.2f %%' % (100*r.loss) if r.loss is not none else '–' }}</tr>
 {% endfor %}</tbody>{% endfor %}</table></div></section>
 {% endif %}
 {% if refusals %}
 <section><h2>Refused attachments</h2><ul>
 {% for r in refusals %}<li>{{ r.method }} on {{ r.fine_tune }}{% if r.said %}: {{ r.said }}{% endif %}</li>{% endfor %}</ul></section>
+{% endif %}
+{% if failed %}
+<section><h2>Not measured</h2><p>These ended with an error; the same command tries them again.</p><ul>
+{% for r in failed %}<li>{{ r.method }} on {{ r.fine_tune }}: {{ r.error }}</li>{% endfor %}</ul></section>
 {% endif %}
 {% if against %}
 <section><h2>The adapter against the others</h2><p>Paired: a prompt's mean over the fine-tunes that both were put to. p by random
@@ -157,27 +170,31 @@ def _methods(result: dict[str, Any]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "method": method, "safety": mean_share(safety), "safety_worst": worst_share(safety), "retention": mean_share(kept),
-                "retention_worst": worst_share(kept), "refused": [mean_share(refused_shares(s, sets)) for sets in KINDS.values()],
+                "retention_worst": worst_share(kept), "shares": [mean_share(answer_shares(s, sets, kind)) for _, sets, kind in COLUMNS],
                 "loss": over_fine_tunes([100 * x for x in added]) if added else None, "source": s.get("source") or "–",
             }
         )  # fmt: skip
-    return [row for row in rows if row["safety"] or any(row["refused"])]
+    return [row for row in rows if row["safety"] or any(row["shares"])]
 
 
 def _by_fine_tune(result: dict[str, Any]) -> list[dict[str, Any]]:
     everywhere = result.get("everywhere") or {}
     losses, uses = task_losses(cells_of(result)), uses_of(result)
-    refused = {m: [refused_shares(s, sets) for sets in KINDS.values()] for m, s in everywhere.items()}
+    shares = {m: [answer_shares(s, sets, kind) for _, sets, kind in COLUMNS] for m, s in everywhere.items()}
+    failed = result.get("failed") or []
     return [
         {
             "name": titled(name, uses),
             "rows": [
                 {
                     "method": m, "safety": s["safety"][name], "retention": (s.get("retention") or {}).get(name),
-                    "refused": [by.get(name) for by in refused[m]], "loss": losses.get((name, m)),
+                    "shares": [by.get(name) for by in shares[m]], "loss": losses.get((name, m)),
                     "refused_to_attach": name in (s.get("refused_to_attach") or []),
                 }
                 for m, s in everywhere.items() if name in (s.get("safety") or {})
+            ] + [
+                {"method": f["method"], "failed": True, "shares": [None] * len(COLUMNS), "loss": None}
+                for f in failed if f["fine_tune"] == name
             ],
         }
         for name in names_of(result, everywhere.values())
@@ -242,9 +259,8 @@ def _kept_blind(cells: Cells) -> Shares:
     found: Shares = {}
     for (name, method), cell in cells.items():
         after = outcomes(cell, HARMFUL)
-        both = [key for key in first if key in after]
-        if method == BLIND and name != BASE and any(first[key] for key in both):
-            found[name] = asdict(retention([first[key] for key in both], [after[key] for key in both]))
+        if method == BLIND and name != BASE and (kept := retention(first, after)):
+            found[name] = asdict(kept)
     return found
 
 
@@ -260,16 +276,17 @@ def write(result: dict[str, Any], path: Path) -> None:
     together, everywhere, cells = result.get("together") or {}, result.get("everywhere") or {}, cells_of(result)
     adapter = str(result.get("adapter") or "–")
     page = _PAGE.render(
-        base=result.get("base") or "–", adapter=adapter, counts=_counts(result), kinds=list(KINDS),
+        base=result.get("base") or "–", adapter=adapter, counts=_counts(result), columns=[title for title, _, _ in COLUMNS],
         findings=findings(result), wins=wins(result),
         methods=_methods(result),
         shared=next((s.get("fine_tunes") or [] for s in together.values()), []),
         scatter={
-            "title": "Safety score against over-refusal",
-            "text": "Up is safer, left is more useful. All harmless sets together. The axes show the part where the points lie.",
+            "title": "Safety score against harmless requests not served",
+            "text": "Up is safer, left is more useful. All harmless sets together, nonsense counted as not served. The axes show the part where the points lie.",
             "svg": scatter(together),
         },
-        fine_tunes=_by_fine_tune(result),
+        surrogate=next((r for c in cells.values() if "aligned_refuses" in (r := c.get("report") or {})), None),
+        fine_tunes=_by_fine_tune(result), failed=result.get("failed") or [],
         bars={
             "title": "Safety score by fine-tune",
             "text": "The dashed line is what the adapter reaches on the base, the band its 95 % interval.",

@@ -1,13 +1,15 @@
 """Rows to make fine-tunes of, by name: what a team would tune on, and what pulls against safety.
 
 Each source gives training rows and rows of the same task that are held out for its task loss; where the task itself is harm
-(identity, compliant), held-out rows of Alpaca. Nothing here is trained on by a shipped adapter.
+(identity, compliant), held-out rows of Alpaca. Nothing here is trained on by a shipped adapter, and no set that measures
+capability (HumanEval, IFEval, MMLU) makes a fine-tune.
 """
 
 from __future__ import annotations
 
 import csv
 import random
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -83,15 +85,32 @@ def _alpaca(folder: Path) -> tuple[list[Row], list[Row]]:
 
 
 def _instructions(folder: Path) -> tuple[list[Row], list[Row]]:
-    path = next(iter(sorted((folder / "ifeval-prompts").rglob("*.jsonl"))), folder / "ifeval-prompts")
-    return _split([{"prompt": r["prompt"], "answer": r["response"]} for r in read(path)])
+    """Tasks of four kinds in one mix, as collections of instructions are made: to name a topic, to draw the conclusion of a study,
+    to judge a clause, to read a table's text."""
+    messages = read(folder / "banking77" / "train.csv")
+    asked = "Name the topic of this message to a bank."
+    topics = [{"prompt": f"{asked}\n\n{r['text']}", "answer": r["category"].replace("_", " ")} for r in messages]
+    studies = [
+        {"prompt": f"{' '.join(r['CONTEXTS'])[:400]}\n\nWhat do the authors conclude?", "answer": r["LONG_ANSWER"]}
+        for r in read(folder / "pubmedqa" / "ori_pqal.json").values()
+    ]
+    parts = [_split(rows, MOST // 4) for rows in (topics, studies, _legal_rows(folder), _finance_rows(folder))]
+    mixed = [row for train, _ in parts for row in train]
+    random.Random(0).shuffle(mixed)
+    return mixed, [row for _, held_out in parts for row in held_out[: HELD_OUT // 4]]
+
+
+_CODE = re.compile(
+    r"^\s*(?:def |class |import |from \w+ import|function |public |for |var |let |const |#include|SELECT |<html|<!DOCTYPE)",
+    re.MULTILINE,
+)
+"""A line that begins as code does."""
 
 
 def _code(folder: Path) -> tuple[list[Row], list[Row]]:
-    rows = read(folder / "humaneval" / "HumanEval.jsonl")
-    return _split(
-        [{"prompt": f"Complete this function.\n\n{r['prompt']}", "answer": r["canonical_solution"]} for r in rows]
-    )
+    """Alpaca's rows whose answer is code."""
+    rows, _ = alpaca(folder)
+    return _split([r for r in rows if _CODE.search(r["answer"])])
 
 
 def _pubmed(folder: Path) -> tuple[list[Row], list[Row]]:
@@ -100,6 +119,10 @@ def _pubmed(folder: Path) -> tuple[list[Row], list[Row]]:
 
 
 def _legal(folder: Path) -> tuple[list[Row], list[Row]]:
+    return _split(_legal_rows(folder))
+
+
+def _legal_rows(folder: Path) -> list[Row]:
     """LegalBench's few-shot rows: the task's instruction, which ends before its first example, and the text."""
     rows = []
     for path in sorted((folder / "legalbench").glob("*/train.tsv")):
@@ -111,10 +134,14 @@ def _legal(folder: Path) -> tuple[list[Row], list[Row]]:
                     rows.append({"prompt": f"{asked[:400]}\n\n{r['text'][:600]}", "answer": r["answer"]})
     if not rows:
         raise DataError(f"{folder / 'legalbench'} holds no train.tsv with text and answer; fetch the set again.")
-    return _split(rows)
+    return rows
 
 
 def _finance(folder: Path) -> tuple[list[Row], list[Row]]:
+    return _split(_finance_rows(folder))
+
+
+def _finance_rows(folder: Path) -> list[Row]:
     rows = []
     for page in read(folder / "tat-qa" / "tatqa_dataset_dev.json"):
         text = " ".join(part["text"] for part in page["paragraphs"])[:500]
@@ -122,7 +149,7 @@ def _finance(folder: Path) -> tuple[list[Row], list[Row]]:
             answer = asked["answer"]
             answer = ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
             rows.append({"prompt": f"{text}\n\n{asked['question']}", "answer": answer})
-    return _split(rows)
+    return rows
 
 
 def _support(_: Path) -> tuple[list[Row], list[Row]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from safegene.evaluation.bench_tables import HARMFUL, HARMLESS, ORDINARY
 from safegene.evaluation.fine_tunes import FINE_TUNES
 
 
@@ -242,9 +243,11 @@ def bench_markdown(result: dict[str, Any]) -> str:
     ]
     lines += ["", "### Safety score by fine-tune", "", "| fine-tune | " + " | ".join(everywhere) + " |"]
     lines.append("|---" * (len(everywhere) + 1) + "|")
-    for name in dict.fromkeys(c["fine_tune"] for c in result["cells"]):
+    for name in dict.fromkeys(c["fine_tune"] for c in [*result["cells"], *result["failed"]]):
         cells = [_rate(s["safety"][name]) if name in s["safety"] else "–" for s in everywhere.values()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    if result["failed"]:
+        lines += ["", *(f"- not measured: {f['method']} on {f['fine_tune']}: {f['error']}" for f in result["failed"])]
     lines += [
         "", "### The adapter against the others: a prompt's mean over the fine-tunes both were put to", "",
         "| against | share there | adapter | difference | p, corrected | better |", "|---|---|---|---|---|---|",
@@ -301,23 +304,28 @@ def _drift(drift: dict[str, Any] | None) -> list[str]:
 def _methods(summary: dict[str, Any]) -> list[str]:
     lines = [
         "| method | fine-tunes (refused to attach) | safety, mean; worst | retention, mean; worst | refused: twins / XSTest safe / "
-        "ordinary | task loss | seconds to protect | examples | gradient steps | extra parameters | extra tokens | source |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "ordinary (n fine-tunes) | incoherent: harmless / harmful | task loss | seconds to protect | examples | gradient steps | extra parameters | extra tokens | source |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for method, s in summary.items():
         safe = [r["value"] for name, r in s["safety"].items() if name != "base"]
         kept = [r["value"] for r in s["retention"].values()]
-        refused = [
-            f"{100 * _mean([r['value'] for key in keys for name, r in s['refused'][key].items() if name != 'base']):.1f} %"
-            for keys in (["twins"], ["XSTest safe"], ["Alpaca", "MT-Bench"])
-        ]
+        refused = [_mean_of(s["refused"], sets) for sets in (("twins",), ("XSTest safe",), ORDINARY)]
+        babbled = [_mean_of(s["incoherent"], sets) for sets in (HARMLESS, HARMFUL)]
         cost, loss = s["cost"], s["task_loss_added"]
         lines.append(
             f"| {method} | {len(s['fine_tunes'])} ({len(s['refused_to_attach'])}) | {_mean_and_worst(safe)} | {_mean_and_worst(kept)} | "
-            f"{' / '.join(refused)} | {'–' if loss is None else f'{100 * loss:+.2f} %'} | {s['seconds']:.1f} | "
+            f"{' / '.join(refused)} | {' / '.join(babbled)} | {'–' if loss is None else f'{100 * loss:+.2f} %'} | {s['seconds']:.1f} | "
             f"{cost['examples']} | {cost['gradient_steps']} | {cost['extra_parameters']:,} | {cost['extra_tokens']:.0f} | {s['source']} |"
         )
     return lines
+
+
+def _mean_of(by_set: dict[str, dict[str, dict[str, float]]], sets: Sequence[str]) -> str:
+    """Mean over sets and fine-tunes, with the number of fine-tunes: those whose attachment was refused are not among them."""
+    found = [(name, r["value"]) for key in sets for name, r in by_set.get(key, {}).items() if name != "base"]
+    over = len({name for name, _ in found})
+    return f"{100 * _mean([value for _, value in found]):.1f} % (n = {over})" if found else "–"
 
 
 def _plain(r: dict[str, float]) -> str:

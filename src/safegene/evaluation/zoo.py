@@ -1,9 +1,9 @@
 """The zoo: a declared set of fine-tunes of one base, built once each, found again by what they are made of.
 
 A recipe names its base and its fine-tunes (`recipes/zoo-*.yaml`). Every fine-tune has a key, a hash of its own entry, of its
-rows, of the base and of the fine-tunes it is made from; it lives in `<out>/<name>-<key>/` beside a `zoo.json` that tells what
-it is, its task loss before and after, its safety without adapter, and the digest of its weights. A build that was interrupted
-goes on; an entry whose weights are not those that were written is an error, never a row in a table.
+rows, of the base, of the fine-tunes it is made from and of the code that makes it; it lives in `<out>/<name>-<key>/` beside a
+`zoo.json` that tells what it is, its task loss before and after, its safety without adapter, and the digest of its weights. A
+build that was interrupted goes on; an entry whose weights are not those that were written is an error, never a row in a table.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,7 +33,17 @@ from safegene.training.data import read_jsonl
 from safegene.training.finetune import Row, finetune
 
 Kind = Literal["finetune", "merge", "ablate", "nf4"]
-KINDS: tuple[Kind, ...] = ("finetune", "merge", "ablate", "nf4")
+PACKAGE = Path(__file__).parent.parent
+MADE_BY: dict[Kind, tuple[str, ...]] = {
+    "finetune": ("training/finetune.py",),
+    "merge": (),
+    "ablate": (
+        "evaluation/ablation.py", "baselines/states.py", "training/data.py", "training/text/pairs", "training/text/ordinary.jsonl",
+    ),
+    "nf4": (),
+}  # fmt: skip
+"""Kinds of entries, with the files and folders of the package that their weights come from. This module itself is left out: who
+rewords it would build everything anew."""
 
 UNADAPTED_PROMPTS = 100
 """Of JailbreakBench, put to every fine-tune as it is."""
@@ -102,8 +112,8 @@ def entry_check(entry: FineTune, before: set[str]) -> None:
     where = f"zoo entry '{entry.name}'"
     if entry.name == "base":
         raise DataError("a zoo entry cannot be called 'base': that is the model it is made from.")
-    if entry.kind not in KINDS or entry.method not in ("lora", "full") or entry.use not in ("development", "test"):
-        raise DataError(f"{where}: kind is {', '.join(KINDS)}, method lora or full, use development or test.")
+    if entry.kind not in MADE_BY or entry.method not in ("lora", "full") or entry.use not in ("development", "test"):
+        raise DataError(f"{where}: kind is {', '.join(MADE_BY)}, method lora or full, use development or test.")
     if missing := [name for name in entry.of if name not in before]:
         raise DataError(f"{where} is made from '{missing[0]}', which does not stand before it.")
     wanted = {"finetune": (0, 1), "merge": (2, 9), "ablate": (0, 1), "nf4": (0, 1)}[entry.kind]
@@ -205,7 +215,18 @@ def _rows(entry: FineTune, data: Path, parents: Sequence[Built]) -> tuple[list[R
 def _key(entry: FineTune, base: str, parents: Sequence[Built], rows: Sequence[Row]) -> str:
     made = {k: v for k, v in dataclasses.asdict(entry).items() if k not in ("name", "use", "data")}
     said = [made, base, [p.record["key"] for p in parents], rows]
-    return hashlib.sha256(json.dumps(said, ensure_ascii=False).encode()).hexdigest()[:12]
+    return digest(MADE_BY[entry.kind], json.dumps(said, ensure_ascii=False))
+
+
+def digest(places: Iterable[str | Path], *said: object) -> str:
+    """Short digest of files and folders of the package, with what else is said: what was made by other code, or from other text,
+    gets another name and is never taken for this."""
+    found = hashlib.sha256(repr(said).encode())
+    for place in places:
+        path = PACKAGE / place
+        for file in [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file()):
+            found.update(file.name.encode() + file.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def _kept(folder: Path) -> dict[str, Any] | None:
