@@ -86,7 +86,12 @@ def test_a_training_that_was_interrupted_ends_like_an_unbroken_one(
 ) -> None:
     arguments = TrainingArguments(model=saved("llama", tokenizer, tmp_path / "base"), **SMALL)
     monkeypatch.setattr("safegene.training.trainer.SAVE_STEPS", 2)
+    made = []
+    monkeypatch.setattr("safegene.training.trainer.optimiser", lambda *a: made.append(optimiser(*a)) or made[-1])
     unbroken = train(arguments, tmp_path / "unbroken")
+    assert len(made[0].state) == sum(
+        len(group["params"]) for group in made[0].param_groups
+    )  # it is the one that stepped
 
     def progress(stage: str, total: int = 0) -> Any:
         steps = iter(range(1, 100))
@@ -230,6 +235,21 @@ def test_openings_stand_before_harmful_and_harmless_answers_alike(tokenizer: Any
         assert 0.08 < len(echoed) / len(answers) < 0.4, label
     bare = gate_rows(tokenizer, pairs, [], {}, None)
     assert all(len(r.ids) == r.prompt_end + 1 for r in bare)
+
+
+@pytest.mark.parametrize("drift_augmentation", [True, False])
+def test_answers_that_have_begun_come_a_whole_batch_at_a_time(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, drift_augmentation: bool
+) -> None:
+    monkeypatch.setattr(data, "opening", lambda *_: "Begun. ")
+    monkeypatch.setattr(data, "compliant", lambda *_: "Begun. ")
+    arguments = TrainingArguments(model="m", **SMALL, drift_augmentation=drift_augmentation)
+    targets = Targets(tokenizer, data.pairs(0, 1, 0.0)[0][:40], ["Say hello"], [("Say hello", "Hello.")], arguments)
+    shares = set()
+    for i in range(30):
+        texts = [tokenizer.decode(row["input_ids"]) for row in targets[i]["rows"]]
+        shares.add(sum("Begun" in text for text in texts) / len(texts))
+    assert shares == ({0.0, 1.0} if drift_augmentation else {0.0})
 
 
 def test_what_reads_learns_slower_than_what_writes() -> None:

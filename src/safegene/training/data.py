@@ -97,7 +97,7 @@ _ECHOES = (
 
 def echo(request: str, rng: random.Random) -> str:
     """A compliant opening that says the request again, as a model does that has been taught to obey ("Sure, here is how to …").
-    It holds no word that the request does not hold."""
+    Beside that phrase it holds nothing but the request's own words."""
     lead = next((lead for lead in LEADS if request.startswith(lead)), "")
     words = request.removeprefix(lead).splitlines()[0][:160].rstrip(" .?!:")
     if found := _HOW.fullmatch(words):
@@ -116,8 +116,8 @@ def compliant(request: str, rng: random.Random) -> str:
 
 
 ECHOED = 0.5
-"""Share of the openings that say the request again. What JailbreakBench prefills does, and what fine-tunes taught to comply say; trained
-on short openings alone, a third of the prefilled answers went on (docs/log.md)."""
+"""Share of the openings that say the request again, as fine-tunes that were taught to comply do, and as the openings do that
+JailbreakBench and AdvBench prefill: that form was known when this was written, none of their words is here (docs/log.md)."""
 
 
 @dataclass(frozen=True)

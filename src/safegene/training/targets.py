@@ -49,7 +49,7 @@ SUPPORTED = 8
 
 
 CHATS = 0.1
-"""Share of the batches in which something was said before. At a fifth they took a third of the time and held a fifteenth of the rows."""
+"""Share of the batches in which something was said before. At a fifth they took a third of the time and held a thirteenth of the rows."""
 
 TALKS = 0.5
 """Share of the rows of a batch of chats in which the wish itself was built up over the turns; before the others something else
