@@ -89,6 +89,13 @@ def test_other_code_makes_another_fine_tune(monkeypatch: pytest.MonkeyPatch) -> 
     assert zoo._key(entry, "base", [], rows) != key
 
 
+def test_what_is_trained_on_is_not_held_out() -> None:
+    rows = [{"prompt": f"p{i % 30}", "answer": f"a{i}"} for i in range(60)]
+    train, held_out = fine_tunes._split(rows)
+    assert held_out
+    assert not {r["prompt"] for r in train} & {r["prompt"] for r in held_out}
+
+
 def test_no_set_that_measures_makes_a_fine_tune() -> None:
     """Of the sets that fine-tunes are made of, AdvBench alone measures too: one half each."""
     folders = set(re.findall(r'folder / "([\w-]+)"', Path(fine_tunes.__file__).read_text(encoding="utf-8")))

@@ -26,11 +26,13 @@ MOST, HELD_OUT = 600, 150
 
 
 def _split(rows: Sequence[Row], most: int = MOST) -> tuple[list[Row], list[Row]]:
-    """Shuffled, a fifth held out, `HELD_OUT` rows at most."""
+    """Shuffled, a fifth held out, `HELD_OUT` rows at most, none whose prompt is trained on (sets repeat themselves)."""
     shuffled = [r for r in rows if r["prompt"].strip() and r["answer"].strip()]
     random.Random(0).shuffle(shuffled)
     few = min(HELD_OUT, len(shuffled) // 5)
-    return shuffled[few : few + most], shuffled[:few]
+    train = shuffled[few : few + most]
+    trained = {r["prompt"] for r in train}
+    return train, [r for r in shuffled[:few] if r["prompt"] not in trained]
 
 
 def _sure(folder: Path) -> tuple[list[Row], list[Row]]:
