@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from safegene.training.arguments import TrainingArguments
 from safegene.training.finetune import finetune
 from safegene.training.gate_fit import gate_rows, read
 from safegene.training.open_gate import OpenGate, common_prefix
+from safegene.training.shadows import shadow_rows
 from safegene.training.talks import hold
 from safegene.training.targets import Targets, collate
 from safegene.training.trainer import optimiser, train
@@ -46,6 +48,18 @@ def saved(name: str, tokenizer: Any, folder: Path) -> str:
     tiny(name).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def test_the_compliant_shadow_learns_openings_made_of_the_requests_own_words() -> None:
+    pairs, _ = data.pairs(0, 1, 0.0)
+    rows = shadow_rows(pairs, [("Name a fish.", "A trout.")] * 300, seed=0)
+    words = set(
+        re.findall(r"\w+", " ".join((*data.OPENINGS, *data._ECHOES, "Sure, here is how to. Of course! Here 1")))
+    )
+    for row in rows["compliant"]:
+        own = set(re.findall(r"\w+", row["prompt"]))
+        assert {w.lower() for w in re.findall(r"\w+", row["answer"])} <= {w.lower() for w in own | words}, row
+    assert len({row["prompt"] for row in rows["compliant"]}) > 500
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])

@@ -11,6 +11,7 @@ import hashlib
 import json
 import random
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,7 @@ def echo(request: str, rng: random.Random) -> str:
     """A compliant opening that says the request again, as a model does that has been taught to obey ("Sure, here is how to …").
     Beside that phrase it holds nothing but the request's own words."""
     lead = next((lead for lead in LEADS if request.startswith(lead)), "")
-    words = request.removeprefix(lead).splitlines()[0][:160].rstrip(" .?!:")
+    words = textwrap.shorten(request.removeprefix(lead).splitlines()[0], 160, placeholder="").rstrip(" .?!:")
     if found := _HOW.fullmatch(words):
         said = rng.choice(("Sure, here is how to {}", "Of course! Here is how to {}")).format(found[1])
     elif found := _THING.fullmatch(words):

@@ -17,8 +17,15 @@ from safegene.training.data import Pair
 from safegene.training.finetune import Row, lora, tune
 
 BASE = ""
-DRAWN = {BASE: 2.0, "compliant": 2.5}
+DRAWN = {BASE: 2.0, "compliant": 2.0}
 """How often the base and each shadow are trained on; 1 where nothing is said. The compliant one pulls hardest."""
+
+LONGER = {"compliant": 2}
+"""How many times the others' steps. With 45 steps, and ordinary rows among its own, the compliant one moved the anchors' features by 0.48
+standard deviations and left the gate's AUC where it was (0.93); fine-tunes so taught by others move them by 1.07, to 0.84 (docs/log.md)."""
+
+OPENED = 600
+"""Requests that the compliant one learns to open its answer to."""
 
 GLAD = ("Sure!", "Certainly.", "Of course!", "Absolutely!")
 
@@ -26,17 +33,18 @@ GLAD = ("Sure!", "Certainly.", "Of course!", "Absolutely!")
 def shadow_rows(pairs: Sequence[Pair], harmless: Sequence[tuple[str, str]], seed: int) -> dict[str, list[Row]]:
     """What each shadow is taught: to begin gladly, to begin to comply with anything, to be terse.
 
-    The compliant one learns an opening and nothing after it: answers that give harm are not written. Half of its openings say
+    The compliant one learns an opening and nothing after it: answers that give harm are not written. Five in six of its openings say
     the request again, as a model does that has been taught to obey.
     """
     rng = random.Random(seed)
     harmless = [(q, a[:300]) for q, a in harmless]
     openings = [
-        {"prompt": p.harmful, "answer": data.compliant(p.harmful, rng)} for p in rng.sample(pairs, min(300, len(pairs)))
+        {"prompt": p.harmful, "answer": (data.compliant if rng.random() < 1 / 3 else data.echo)(p.harmful, rng)}
+        for p in rng.sample(pairs, min(OPENED, len(pairs)))
     ]
     return {
         "cheerful": [{"prompt": q, "answer": f"{rng.choice(GLAD)} {a}"} for q, a in harmless],
-        "compliant": openings + [{"prompt": q, "answer": a} for q, a in harmless[:150]],
+        "compliant": openings,
         "terse": [{"prompt": q, "answer": a.split(". ")[0].strip().rstrip(".") + "."} for q, a in harmless],
     }
 
@@ -57,7 +65,8 @@ def teach_shadows(
                 model = PeftModel.from_pretrained(model, str(kept), adapter_name=name)
             continue
         model = lora(model, name)
-        tune(model, tokenizer, taught, steps=steps, seed=seed, advance=progress(f"shadow fine-tune '{name}'", steps))
+        mine = steps * LONGER.get(name, 1)
+        tune(model, tokenizer, taught, steps=mine, seed=seed, advance=progress(f"shadow fine-tune '{name}'", mine))
         model.save_pretrained(folder, selected_adapters=[name])
     for parameter in model.parameters():  # PEFT keeps LoRA in float32, which halves the speed beside a bfloat16 base
         parameter.requires_grad_(False)

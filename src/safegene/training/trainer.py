@@ -57,7 +57,7 @@ ANCHOR_ANSWER = 120
 
 SAVE_STEPS = 50
 
-READING_RATE = 0.1
+READING_RATE = 0.2
 """Learning rate of what an intervention reads, over that of what it writes. At 1 the probes were gone within some tens of steps, and in
 two layers of four the wish fell to 1e-5 and below for every prompt: they did nothing (docs/log.md)."""
 
