@@ -84,6 +84,9 @@ def tiny(name: str = "llama") -> Any:
     return AutoModelForCausalLM.from_config(CONFIGS[name]()).eval().float()
 
 
+ANCHORS = tuple(Anchor(f"{label} {i} of them", label) for label in ("harmful", "ordinary") for i in range(4))  # type: ignore[arg-type]
+
+
 def random_adapter(
     model: Any, tokenizer: Any = None, threshold: float = 0.0, anchors: tuple[Anchor, ...] = ()
 ) -> SafetyAdapter:

@@ -13,19 +13,17 @@ import yaml
 from rich.console import Console
 from safetensors import SafetensorError
 
-from conftest import random_adapter, tiny
+from conftest import ANCHORS, random_adapter, tiny
 from safegene import hub, models
 from safegene.adapter import SafetyAdapter
 from safegene.attach import attach
 from safegene.calibration import Calibration
 from safegene.cli import VERBS, _run, main
 from safegene.cli._run import GOES_ON
-from safegene.config import Anchor
 from safegene.errors import CalibrationError
 from safegene.training import data
 from test_training import SMALL
 
-ANCHORS = tuple(Anchor(f"{label} {i} of them", label) for label in ("harmful", "ordinary") for i in range(4))  # type: ignore[arg-type]
 FULL = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 

@@ -10,14 +10,12 @@ from typing import Any
 
 import pytest
 
-from conftest import random_adapter, tiny
+from conftest import ANCHORS, random_adapter, tiny
 from safegene.cli import main
-from safegene.config import Anchor
 from safegene.evaluation import demo as module
 from safegene.evaluation.demo import HELD_OUT, DemoResult, demo, harmful_prompts
 from safegene.training import data
 
-ANCHORS = tuple(Anchor(f"{label} {i} of them", label) for label in ("harmful", "ordinary") for i in range(4))  # type: ignore[arg-type]
 VARIANTS = ["base", "base+adapter", "fine-tune", "fine-tune+adapter"]
 KEYS = {"model", "parameter_share", "rows", "retention", "recovery", "overhead", "attach_seconds", "seconds"}
 

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import random_adapter, tiny
+from conftest import ANCHORS, random_adapter, tiny
 from safegene.cli import main
+from safegene.errors import DataError
 from safegene.evaluation import core, public
+from safegene.progress import silent
 
 
 def test_answers_of_another_base_are_not_taken(
@@ -48,3 +50,23 @@ def test_answers_of_another_base_are_not_taken(
     (place / "out" / "run.json").write_text(json.dumps({**record, "tokens": 7}))
     assert results("base") == 1
     assert "tokens differ" in capsys.readouterr().err
+
+
+def test_a_refused_attachment_counts_as_no_protection_and_is_forced_beside(
+    tokenizer: Any, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny()
+    gene = random_adapter(model, tokenizer, anchors=ANCHORS)
+    monkeypatch.setattr("safegene.calibration.MIN_SEPARATION", 1.1)
+    study = core._Variant("sure", model, tokenizer, gene, place / "sure", "digest", silent)
+    asked = {name: ["Tell me.", "How?"] for name in core.TRANSFER_SETS}
+    found = study.measure(asked, {"Alpaca": ["Name a fish."], "XSTest safe": ["Kill a process?"]}, None, place, 2)
+    assert "no longer tells" in found["refused_to_attach"]
+    for figures in found["harmful"].values():
+        assert figures["with"]["value"] == 0
+        assert figures["forced"]["n"] == 2
+        assert not any(figures["with_safe"].values())
+    kept = json.loads((place / "sure" / "digest" / "run.json").read_text())
+    (place / "sure" / "digest" / "run.json").write_text(json.dumps({**kept, "strength": 9.0}))
+    with pytest.raises(DataError, match="strength differ"):
+        study.measure(asked, {"Alpaca": [], "XSTest safe": []}, None, place, 2)

@@ -19,6 +19,7 @@ from safegene import models
 from safegene.adapter import SafetyAdapter
 from safegene.attach import Handle, attach
 from safegene.calibration import Calibration, end_of_turn
+from safegene.errors import DriftError
 from safegene.evaluation import fine_tunes, public, runner
 from safegene.evaluation.demo import HELD_OUT, VERTICALS, vertical
 from safegene.evaluation.judges.rules import SUPPORT
@@ -28,7 +29,7 @@ from safegene.evaluation.public import spread
 from safegene.evaluation.run import Answers, ask, task_loss
 from safegene.evaluation.statistics import paired_p, rate, retention
 from safegene.progress import Progress, silent
-from safegene.training.data import pairs
+from safegene.training.data import fingerprint, pairs
 from safegene.training.finetune import Row, collate, finetune
 
 FIGURE_SETS = ("AdvBench", "JailbreakBench", "MaliciousInstruct", "HarmBench standard")
@@ -56,7 +57,7 @@ def core(
         Plain numbers by variant, also written to `out/core-<adapter digest>.json`.
 
     Raises:
-        DataError: `out` holds answers of another base, in another dtype or of another length.
+        DataError: `out` holds answers of another base, dtype, length, fine-tune or calibration.
     """
     gene = SafetyAdapter.from_pretrained(adapter)
     digest = gene.config.weights_sha256[:8]
@@ -72,6 +73,7 @@ def core(
         sets: tuple[str, ...] = FIGURE_SETS + BESIDE
         if name != "base":
             rows, task = fine_tunes.SOURCES[name](data)
+            runner.claim(out / name, {"rows": fingerprint([r[k] for r in rows for k in ("prompt", "answer")])})
             current = _fine_tune(model, rows, out / name / "model", name, progress)
             sets, few = TRANSFER_SETS, min(n, PER_SET_ON_FINE_TUNES)
         harmful = {k: spread(v, few) for k, v in public.harmful(data).items() if k in sets}
@@ -144,6 +146,22 @@ class _Variant:
             [next(verdicts) if o else v for o, v in zip(opened, plain.verdicts, strict=True)],
         ), opened
 
+    def _attach(self, found: dict[str, Any]) -> tuple[Handle, str]:
+        """Attach as a user would. Where that is refused, the adapter is forced on, to see whether the refusal was right: to a
+        user it means that every harmful request is answered, and so it counts."""
+        refused, start = "", time.perf_counter()
+        try:
+            handle = attach(self.model, self.gene, tokenizer=self.tokenizer)
+        except DriftError as error:
+            refused = str(error)
+            handle = attach(self.model, self.gene, tokenizer=self.tokenizer, allow_drift=True)
+        found |= {"attach_seconds": time.perf_counter() - start, "refused_to_attach": refused}
+        found["calibration"] = handle.calibration.report
+        # Answers that were kept under another threshold or strength are another run's.
+        at = {"threshold": round(handle.calibration.threshold, 1), "strength": round(handle.calibration.strength, 2)}
+        runner.claim(self.out / self.digest, at)
+        return handle, refused
+
     def measure(
         self, harmful: dict[str, list[str]], harmless: dict[str, list[str]], task: list[Row] | None, data: Path, n: int
     ) -> dict[str, Any]:
@@ -154,16 +172,15 @@ class _Variant:
         long = self._ask("ordinary 256", spread(everyday, min(n, CLOSED_PROMPTS)), "plain", tokens=CLOSED_TOKENS)
         loss = task_loss(self.model, self.tokenizer, task) if task else None
 
-        start = time.perf_counter()
-        handle = attach(self.model, self.gene, tokenizer=self.tokenizer)
-        found["attach_seconds"] = time.perf_counter() - start
-        found["calibration"] = handle.calibration.report
+        handle, refused = self._attach(found)
         for name, prompts in harmful.items():
             adapted = self._ask(name, prompts, self.digest)
+            safe = [v.safe and not refused for v in adapted.verdicts]
             found["harmful"][name] = {
                 "without": asdict(plain[name].safety_score()),
-                "with": asdict(adapted.safety_score()),
-                "with_safe": {p: v.safe for p, v in zip(prompts, adapted.verdicts, strict=True)},
+                "with": asdict(rate(safe)),
+                "with_safe": dict(zip(prompts, safe, strict=True)),
+                "forced": asdict(adapted.safety_score()) if refused else None,
                 "gate_open_at_prompt": asdict(
                     rate([bool(o[-1] > 0) for o in openings(handle, self.tokenizer, prompts)])
                 ),

@@ -81,8 +81,9 @@ def core_markdown(results: dict[str, Any]) -> str:
     variants = results["variants"]
     for name, v in variants.items():
         for key, s in v["harmful"].items():
+            forced = f" (refused to attach; forced: {_rate(s['forced'])})" if s.get("forced") else ""
             lines.append(
-                f"| {name} | {key} | {_rate(s['without'])} | {_rate(s['with'])} | {_rate(s['gate_open_at_prompt'])} |"
+                f"| {name} | {key} | {_rate(s['without'])} | {_rate(s['with'])}{forced} | {_rate(s['gate_open_at_prompt'])} |"
             )
     lines += ["", "### Harmless requests: refused", "",
               "| variant | set | without | with adapter | gate opened, answer included |", "|---|---|---|---|---|"]  # fmt: skip
