@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +127,21 @@ def test_a_training_that_was_interrupted_ends_like_an_unbroken_one(
     again = train(arguments, tmp_path / "broken")
     for key, value in again.state_dict().items():
         torch.testing.assert_close(value, unbroken.state_dict()[key], atol=1e-4, rtol=1e-4)
+
+
+def test_two_processes_train_one_adapter(tokenizer: Any, tmp_path: Path) -> None:
+    base, script = saved("llama", tokenizer, tmp_path / "base"), Path(__file__).parent / "launched.py"
+    launch = ["torch.distributed.run", "--nproc_per_node=2", "--standalone"]  # what `accelerate launch` starts
+    ran = subprocess.run(
+        [sys.executable, "-m", *launch, str(script), base, str(tmp_path / "out")], env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    adapter = SafetyAdapter.from_pretrained(tmp_path / "out")
+    assert any(bool(part.up.abs().sum() > 0) for part in adapter.interventions.values())
+    state = json.loads(next((tmp_path / "out" / "checkpoints").glob("*/trainer_state.json")).read_text())
+    assert state["global_step"] == 4
+    assert {path.name for path in (tmp_path / "out").glob("rank-*")} == {"rank-0", "rank-1"}
 
 
 def test_the_models_are_drawn_by_their_weights(tokenizer: Any) -> None:

@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from safegene.models import (
     check_fit,
     decoder_layers,
     sketch_distance,
+    template_digest,
     tokenizer_digest,
     unwrap,
     weight_sketch,
@@ -159,6 +161,9 @@ class Handle:
         if failed is not None and bool(torch.isnan(failed.detach())):
             raise GateError("The gate's score is NaN; check the model's weights and inputs for NaN or overflow.")
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+        raise AttachError("A model with an adapter attached cannot be copied; detach, copy, and attach to both.")
+
     @property
     def is_disabled(self) -> bool:
         """Whether this thread runs inside `disabled()`."""
@@ -256,31 +261,29 @@ def attach(
     adapter: SafetyAdapter,
     *,
     tokenizer: Any = None,
-    calibration: Calibration | None = None,
+    calibration: Calibration | str | Path | None = None,
     allow_drift: bool = False,
 ) -> Handle:
     """Arm `adapter` on `model`, in place; the object keeps its class.
 
-    With a tokenizer it calibrates at once (forward passes only, seconds); with a calibration it uses that; with neither it
-    uses the base's thresholds, which a fine-tune outgrows: then it warns (UncalibratedWarning), unless the model is the base.
+    With a tokenizer it calibrates at once (forward passes only, seconds); with a calibration, or the file of one, it uses that; with
+    neither it uses the base's thresholds, which a fine-tune outgrows: then it warns (UncalibratedWarning), unless the model is the base.
 
     Raises:
         AttachError: wrong architecture, size, tokenizer or base; already attached. The model is left as it was.
         DriftError: the model moved further than the adapter was trained for, and `allow_drift` is false.
         CalibrationError: the calibration belongs to another checkpoint or adapter.
     """
-    check(model, adapter, tokenizer)
-    distance = sketch_distance(adapter.sketch, weight_sketch(model)) if adapter.sketch.numel() else 0.0
-    if not distance <= MAX_DISTANCE and not allow_drift:
-        raise AttachError(
-            f"The model's weights lie {distance:.2f} from the base {adapter.config.base_model} (limit {MAX_DISTANCE}); "
-            "attach to a fine-tune of that base, or pass allow_drift=True."
-        )
+    distance = check(model, adapter, tokenizer, allow_drift=allow_drift)
+    if isinstance(calibration, str | Path):
+        calibration = Calibration.load(Path(calibration))
     if calibration is not None:
         if calibration.adapter != adapter.config.weights_sha256:
             raise CalibrationError("The calibration was made for another adapter; run safegene calibrate again.")
         if calibration.checkpoint != weights_digest(model):
             raise CalibrationError("The calibration was made for another checkpoint; run safegene calibrate again.")
+        if tokenizer is not None and calibration.template not in ("", template_digest(tokenizer)):
+            raise CalibrationError("The calibration was made with another chat template; run safegene calibrate again.")
     elif tokenizer is not None:
         calibration = calibrate(model, adapter, tokenizer)
         if adapter.config.refused:
@@ -318,8 +321,11 @@ def _strengthen(model: Any, adapter: SafetyAdapter, calibration: Calibration, to
     return replace(calibration, strength=strength, report=report, outside=outside)
 
 
-def check(model: Any, adapter: SafetyAdapter, tokenizer: Any = None) -> None:
+def check(model: Any, adapter: SafetyAdapter, tokenizer: Any = None, *, allow_drift: bool = False) -> float:
     """Everything that can be checked without running the model.
+
+    Returns:
+        how far the weights lie from the base's (`models.sketch_distance`).
 
     Raises:
         AttachError: with the first thing that does not fit.
@@ -336,3 +342,10 @@ def check(model: Any, adapter: SafetyAdapter, tokenizer: Any = None) -> None:
         raise AttachError(f"The tokenizer differs from {config.base_model}'s; pass the one the model was tuned with.")
     if any(not torch.isfinite(p).all() for p in adapter.parameters()):
         raise AttachError("The adapter's weights hold NaN or infinity; fetch or train it again.")
+    distance = sketch_distance(adapter.sketch, weight_sketch(model)) if adapter.sketch.numel() else 0.0
+    if not distance <= MAX_DISTANCE and not allow_drift:
+        raise AttachError(
+            f"The model's weights lie {distance:.2f} from the base {config.base_model} (limit {MAX_DISTANCE}); "
+            "attach to a fine-tune of that base, or pass allow_drift=True."
+        )
+    return distance

@@ -35,7 +35,7 @@ from safegene.adapter import SafetyAdapter
 from safegene.config import AdapterConfig, Anchor, AnchorLabel
 from safegene.errors import CalibrationError
 from safegene.gate import FoldedGate, normalise
-from safegene.models import decoder_layers, unwrap, weights_digest
+from safegene.models import decoder_layers, template_digest, unwrap, weights_digest
 
 MIN_SEPARATION = 0.80
 """Anchor AUC under which the gate can no longer tell harmful from harmless: the model is outside its training."""
@@ -65,6 +65,7 @@ class Calibration:
     strength: float
     adapter: str = ""
     checkpoint: str = ""
+    template: str = ""
     outside: str = ""
     report: dict[str, float] = field(default_factory=dict)
 
@@ -83,7 +84,8 @@ class Calibration:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file; the numbers stand in its header as JSON."""
-        numbers = {k: getattr(self, k) for k in ("threshold", "ramp", "strength", "adapter", "checkpoint", "outside")}
+        said = ("threshold", "ramp", "strength", "adapter", "checkpoint", "template", "outside")
+        numbers = {k: getattr(self, k) for k in said}
         header = {"safegene": json.dumps({**numbers, "report": self.report})}
         save_file({"shift": self.shift.contiguous(), "scale": self.scale.contiguous()}, path, metadata=header)
 
@@ -344,5 +346,6 @@ def calibrate(model: Any, adapter: SafetyAdapter, tokenizer: Any) -> Calibration
         outside = f"The gate no longer tells harmful from harmless here (anchor AUC {auc:.2f} < {MIN_SEPARATION})"
     return Calibration(
         shift, scale, threshold, config.ramp, config.strength,
-        adapter=config.weights_sha256, checkpoint=weights_digest(model), outside=outside, report=report,
+        adapter=config.weights_sha256, checkpoint=weights_digest(model), template=template_digest(tokenizer), outside=outside,
+        report=report,
     )  # fmt: skip

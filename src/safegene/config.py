@@ -118,12 +118,12 @@ class AdapterConfig:
         if unknown := sorted(set(data) - known):
             warnings.warn(f"{CONFIG_NAME}: ignoring unknown keys {unknown}; a newer safegene wrote them.", stacklevel=2)
         values = {key: value for key, value in data.items() if key in known}
-        if values.get("schema_version", SCHEMA_VERSION) > SCHEMA_VERSION:
-            raise AdapterFileError(
-                f"{CONFIG_NAME} has schema {values['schema_version']}, this release reads up to {SCHEMA_VERSION}; "
-                "upgrade safegene."
-            )
         try:
+            if int(values.get("schema_version", SCHEMA_VERSION)) > SCHEMA_VERSION:
+                raise AdapterFileError(
+                    f"{CONFIG_NAME} has schema {values['schema_version']}, this release reads up to {SCHEMA_VERSION}; "
+                    "upgrade safegene."
+                )
             values["gate_layers"] = tuple(int(layer) for layer in values["gate_layers"])
             values["intervention_layers"] = tuple(int(layer) for layer in values["intervention_layers"])
             low, high = values.get("boundary", (-1.0, 1.0))

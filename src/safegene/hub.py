@@ -49,8 +49,9 @@ def folder_of(name: str | Path, revision: str | None = None) -> Path:
         try:
             return Path(snapshot_download(str(name), revision=revision, allow_patterns=["safegene_*", "README.md"]))
         except (OSError, ValueError) as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise AdapterFileError(
-                f"{name}: the hub did not give this adapter ({error}); check id and network."
+                f"{name}: the hub did not give this adapter ({first}); check id and network."
             ) from error
     raise AdapterFileError(f"{name}: no such adapter; give a folder, a hub id or one of {', '.join(shipped())}.")
 
@@ -113,6 +114,8 @@ def load_adapter(name: str | Path, cls: type[A], *, revision: str | None = None)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise AdapterFileError(f"{weights} does not fit {CONFIG_NAME} ({reason}); fetch it again.") from error
+    if not adapter.sketch.numel():  # without it any model of this shape would pass for a fine-tune of the base
+        raise AdapterFileError(f"{weights} holds no sketch of its base; fetch the adapter again.")
     if any(not torch.isfinite(t).all() for t in tensors.values()):
         raise AdapterFileError(f"{weights} holds NaN or infinity; fetch the adapter again.")
     return adapter.eval().requires_grad_(False)

@@ -257,6 +257,13 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(repr(list(ids)).encode()).hexdigest()[:16]
 
 
+def template_digest(tokenizer: Any) -> str:
+    """Short digest of how a tokenizer writes a fixed chat: another template puts other tokens where the gate is read."""
+    chat = [{"role": role, "content": "Hello."} for role in ("user", "assistant", "user")]
+    written = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    return hashlib.sha256(str(written).encode()).hexdigest()[:16]
+
+
 def check_fit(config: AdapterConfig, text: Any) -> None:
     """Whether an adapter of this configuration fits a model.
 

@@ -83,7 +83,8 @@ def run(verb: str, command: Callable[..., None], arguments: list[str]) -> int:
     except (OSError, SafetensorError) as error:
         return _say(verb, f"{' '.join(str(error).split())}; check path, permissions and free space.")
     except (MemoryError, RuntimeError) as error:
-        if "PytorchStreamWriter" in str(error):  # torch's word for a disk that does not take a checkpoint
+        # torch's words for a disk that does not take a checkpoint; the second as it closes the file that the first left broken
+        if any(word in str(error) for word in ("PytorchStreamWriter", "inline_container", "unexpected pos")):
             return _say(verb, "a checkpoint could not be written; check free space.")
         # torch says so in a RuntimeError, on the CPU and on a GPU.
         if isinstance(error, RuntimeError) and "memory" not in str(error).lower():

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def command(
     model: Annotated[str, typer.Option(help="Base model: folder, embedded name or hub id.")] = EMBEDDED,
     adapter: Annotated[str, typer.Option(help="Adapter of that base.")] = "smollm2-135m-instruct",
-    n: Annotated[int, typer.Option(min=8, max=200, help="Harmful and harmless prompts each.")] = 100,
+    n: Annotated[int, typer.Option(min=8, max=110, help="Harmful and harmless prompts each.")] = 100,
     out: Annotated[Path, typer.Option(help="Where the HTML report goes.")] = Path("safegene-demo.html"),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, nothing else.")] = False,
 ) -> None:

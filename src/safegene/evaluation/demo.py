@@ -12,7 +12,7 @@ from typing import Any
 from safegene import models
 from safegene.adapter import SafetyAdapter
 from safegene.attach import Handle, attach, check
-from safegene.evaluation.overhead import Overhead, overhead, token_block
+from safegene.evaluation.overhead import PAIRS, Overhead, overhead, token_block
 from safegene.evaluation.run import Answers, ask, task_loss
 from safegene.evaluation.statistics import Rate
 from safegene.progress import Progress, silent
@@ -71,7 +71,7 @@ def vertical(name: str, part: str) -> list[Row]:
 
 def demo(
     model: str = models.EMBEDDED, adapter: str = "smollm2-135m-instruct", *, n: int = 100, steps: int = 40,
-    pairs: int = 30, progress: Progress = silent,
+    pairs: int = PAIRS, progress: Progress = silent,
 ) -> DemoResult:  # fmt: skip
     """Run the whole story.
 
@@ -115,8 +115,8 @@ def demo(
     assert isinstance(handle, Handle)
     progress("timing")
     cost = {
-        "prefill": overhead(tuned, handle, token_block(tokenizer, harmless, 1, 256), pairs=pairs, decode=False),
-        "decode": overhead(tuned, handle, token_block(tokenizer, harmless, 1, 64), pairs=pairs * 3, decode=True),
+        "prefill": overhead(tuned, handle, token_block(tokenizer, harmless, 1, 128), pairs=pairs, decode=False),
+        "decode": overhead(tuned, handle, token_block(tokenizer, harmless, 1, 64), pairs=pairs, decode=True),
     }
     score = {r.variant: r.safety_score.value for r in results}
     lost = score["base"] - score["fine-tune"]

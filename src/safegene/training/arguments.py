@@ -81,6 +81,13 @@ class TrainingArguments:
             value, kind = getattr(self, field.name), _KINDS[str(field.type)]
             if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
                 raise DataError(f"{path}: {field.name} is {value!r}; it must be {str(field.type).split('[')[0]}.")
+        for name, low in _AT_LEAST.items():
+            if not getattr(self, name) >= low:
+                raise DataError(f"{path}: {name} is {getattr(self, name)!r}; it must be at least {low}.")
+        if not 0 < self.held_out < 1 or not 0 < self.false_alarms < 1:
+            raise DataError(f"{path}: held_out and false_alarms are shares; give numbers between 0 and 1.")
+        if not (self.learning_rate > 0 and self.strength > 0):
+            raise DataError(f"{path}: learning_rate and strength must be above 0.")
         if self.dtype not in ("bfloat16", "float16", "float32"):
             raise DataError(f"{path}: dtype is {self.dtype}; use bfloat16, float16 or float32.")
         for layers in (self.gate_layers, self.intervention_layers):
@@ -93,5 +100,10 @@ class TrainingArguments:
         if min(self.intervention_layers) < max(self.gate_layers):
             raise DataError(f"{path}: intervention layers {self.intervention_layers} lie below the gate; move them up.")
 
+
+_AT_LEAST = {
+    "gate_width": 1, "rank": 1, "frames_per_core": 1, "harmless_answers": 4, "answer_tokens": 1, "long_answers": 4, "long_answer_tokens": 1,
+    "shadow_steps": 1, "gate_steps": 1, "probe_steps": 1, "steps": 1, "rows_per_step": 3, "anchors_per_kind": 1,
+}  # fmt: skip
 
 _KINDS: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "bool": bool, "tuple[int, ...]": tuple}

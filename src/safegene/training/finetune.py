@@ -89,8 +89,10 @@ def tune(
             callbacks=[Report(advance)],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to results
-        trainer.train()
-    config.use_cache = cached  # the Trainer turns it off and leaves it so: generation is then five times slower
+        try:
+            trainer.train()
+        finally:
+            config.use_cache = cached  # the Trainer turns it off and leaves it so: generation is then five times slower
     return model.eval()
 
 
@@ -110,6 +112,8 @@ def finetune(model: Any, tokenizer: Any, rows: Sequence[Row], out: Path | None, 
              steps: int = 50, learning_rate: float = 5e-4, seed: int = 0, progress: Progress = silent) -> Any:  # fmt: skip
     """Fine-tune and return an ordinary transformers model (LoRA merged), saved to `out` when given.
 
+    Interrupted, LoRA leaves `model` as it was; full fine-tuning leaves it where the last step took it.
+
     Raises:
         DataError: no rows, no chat template, or `out` cannot be written; said before any work, the model is as it was.
     """
@@ -119,9 +123,12 @@ def finetune(model: Any, tokenizer: Any, rows: Sequence[Row], out: Path | None, 
     torch.manual_seed(seed)
     advance = progress("fine-tuning", steps)
     if method == "lora":
-        wrapped = tune(
-            lora(model), tokenizer, rows, steps=steps, learning_rate=learning_rate, seed=seed, advance=advance
-        )
+        wrapped = lora(model)
+        try:
+            tune(wrapped, tokenizer, rows, steps=steps, learning_rate=learning_rate, seed=seed, advance=advance)
+        except BaseException:  # Ctrl-C, too: the caller's model goes back without the half-taught LoRA
+            wrapped.unload().requires_grad_(True)
+            raise
         model = wrapped.merge_and_unload()
     else:
         for parameter in model.parameters():

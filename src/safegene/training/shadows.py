@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from safegene.progress import Progress
 from safegene.training import data
 from safegene.training.data import Pair
@@ -67,7 +69,8 @@ def teach_shadows(
         model = lora(model, name)
         mine = steps * LONGER.get(name, 1)
         tune(model, tokenizer, taught, steps=mine, seed=seed, advance=progress(f"shadow fine-tune '{name}'", mine))
-        model.save_pretrained(folder, selected_adapters=[name])
+        if PartialState().is_main_process:
+            model.save_pretrained(folder, selected_adapters=[name])
     for parameter in model.parameters():  # PEFT keeps LoRA in float32, which halves the speed beside a bfloat16 base
         parameter.requires_grad_(False)
         parameter.data = parameter.data.to(dtype)

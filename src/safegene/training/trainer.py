@@ -91,9 +91,12 @@ def train(
         **dataclasses.asdict(arguments), "data": data.fingerprint(texts), "pairs": len(pairs),
         "targets": data.fingerprint([*targets_said, *data.OPENINGS]),
     }  # fmt: skip
-    _claim(out, json.loads(json.dumps(record)))
+    state = PartialState()
+    with state.main_process_first():
+        _claim(out, json.loads(json.dumps(record)))
 
-    loaded = models.load(arguments.model, dtype=getattr(torch, arguments.dtype))
+    own = str(state.device) if state.num_processes > 1 else None
+    loaded = models.load(arguments.model, dtype=getattr(torch, arguments.dtype), device=own)
     model, tokenizer = loaded.model, loaded.tokenizer
     config = models.unwrap(model).config.get_text_config()
     if max(arguments.intervention_layers) >= config.num_hidden_layers:
@@ -101,21 +104,14 @@ def train(
             f"the recipe names layer {max(arguments.intervention_layers)}; {arguments.model} has {config.num_hidden_layers}."
         )
     sketch = models.weight_sketch(model)
-    state = PartialState()
     with state.main_process_first():  # under `accelerate launch` the others read what the first has made
         harmless = _harmless_answers(model, tokenizer, pairs, ordinary, arguments, out / "answers.json", progress)
         talks = hold(model, tokenizer, led, out / "talks.json", arguments.seed, progress)
-        model.requires_grad_(False)  # not before: see finetune.finetune
-        taught = shadow_rows(pairs, harmless, arguments.seed) if arguments.drift_augmentation else {}
-        model = teach_shadows(
-            model,
-            tokenizer,
-            taught,
-            out / "shadows",
-            steps=arguments.shadow_steps,
-            seed=arguments.seed,
-            progress=progress,
-        )
+    model.requires_grad_(False)  # not before: see finetune.finetune
+    taught = shadow_rows(pairs, harmless, arguments.seed) if arguments.drift_augmentation else {}
+    model = teach_shadows(  # by all processes together: each of them is a Trainer's
+        model, tokenizer, taught, out / "shadows", steps=arguments.shadow_steps, seed=arguments.seed, progress=progress,
+    )  # fmt: skip
 
     # Anchors and the chats that set the threshold are unseen by the gate: on what it was fitted on it is too sure of itself.
     k, everyday = arguments.anchors_per_kind, set(ordinary)
@@ -252,7 +248,8 @@ def _train_interventions(
 
     with variant(model, BASE):
         _set_scales(model, adapter, targets.tokenizer, [p.harmful for p in targets.pairs[:16]])
-        _start_at_probes(adapter, model, targets.tokenizer, probe_rows, arguments, out, progress)
+        with PartialState().main_process_first():
+            _start_at_probes(adapter, model, targets.tokenizer, probe_rows, arguments, out, progress)
     calibrations = {}
     for name in (BASE, *shadows):
         with variant(model, name):
