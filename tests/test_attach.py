@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import threading
@@ -229,6 +230,18 @@ def test_compile(name: str, backend: str, ids: torch.Tensor) -> None:
     assert not torch.allclose(got, before)
 
 
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+@pytest.mark.parametrize("disabled_first", [False, True])
+def test_a_compiled_model_obeys_disabled_in_either_order(disabled_first: bool, ids: torch.Tensor) -> None:
+    model = tiny()
+    plain = logits(model, ids)
+    handle = attach(model, random_adapter(model, threshold=0.0))
+    armed, compiled = logits(model, ids), torch.compile(model, backend="eager")
+    for disabled in (disabled_first, not disabled_first, disabled_first):
+        with handle.disabled() if disabled else contextlib.nullcontext():
+            torch.testing.assert_close(logits(compiled, ids), plain if disabled else armed, atol=1e-4, rtol=1e-3)
+
+
 @every_architecture
 @pytest.mark.filterwarnings("ignore::safegene.errors.UncalibratedWarning")
 @pytest.mark.filterwarnings(
@@ -315,4 +328,6 @@ def test_refusals_to_attach(ids: torch.Tensor, tokenizer: Any) -> None:
     handle = attach(model, adapter)
     with pytest.raises(AttachError, match="already"):
         attach(model, adapter)
+    with pytest.raises(AttachError, match="detach, copy"):
+        copy.deepcopy(model)
     handle.detach()

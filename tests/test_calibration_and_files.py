@@ -88,6 +88,11 @@ def test_calibration_file_is_bound_to_adapter_and_checkpoint(tokenizer: Any, tmp
     loaded = Calibration.load(tmp_path / "c.safetensors")
     assert loaded.threshold == calibration.threshold
     attach(model, adapter, calibration=loaded).detach()
+    attach(model, adapter, calibration=tmp_path / "c.safetensors", tokenizer=tokenizer).detach()
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "Be bold. " + tokenizer.chat_template
+    with pytest.raises(CalibrationError, match="another chat template"):
+        attach(model, adapter, calibration=loaded, tokenizer=other)
     with torch.no_grad():
         model.lm_head.weight.mul_(1.01)
     with pytest.raises(CalibrationError, match="another checkpoint"):
@@ -195,6 +200,11 @@ def test_files_tampered_truncated_missing(tmp_path: Path) -> None:
         SafetyAdapter.from_pretrained(tmp_path)
     with pytest.raises(AdapterFileError, match="no such adapter"):
         SafetyAdapter.from_pretrained("nobody-made-this")
+    nameless = random_adapter(tiny())
+    nameless.sketch = torch.zeros(0, 0)
+    nameless.save_pretrained(tmp_path)
+    with pytest.raises(AdapterFileError, match="no sketch of its base"):
+        SafetyAdapter.from_pretrained(tmp_path)
     adapter.gate.bias[0] = float("nan")
     with pytest.raises(AdapterFileError, match="NaN"):
         adapter.save_pretrained(tmp_path)
@@ -216,6 +226,8 @@ def test_config_of_the_future() -> None:
         AdapterConfig.from_dict({**data, "colour": "blue"})
     with pytest.raises(AdapterFileError, match="upgrade"):
         AdapterConfig.from_dict({**data, "schema_version": 99})
+    with pytest.raises(AdapterFileError, match="malformed"):
+        AdapterConfig.from_dict({**data, "schema_version": None})
     with pytest.raises(AdapterFileError, match="below the last gate layer"):
         AdapterConfig.from_dict({**data, "intervention_layers": [0]})
 

@@ -158,6 +158,7 @@ def test_the_models_are_drawn_by_their_weights(tokenizer: Any) -> None:
     ("line", "said"),
     [
         ("gate_layers: [2, 1]", "rise"), ("gate_layers: 2", "gate_layers is 2"), ("dtype: bf16", "dtype is bf16"),
+        ("rank: 0", "rank is 0; it must be at least 1"), ("held_out: 1.0", "shares"), ("strength: 0", "above 0"),
         ("steps: many", "steps is 'many'"), ("intervention_layers: [1]", "below the gate"), ("rank: true", "rank is True"),
     ],
 )  # fmt: skip
@@ -371,3 +372,23 @@ def test_a_fine_tune_generates_as_fast_as_its_base(tokenizer: Any) -> None:
     tuned = finetune(model, tokenizer, [{"prompt": "hello", "answer": "world"}], None, steps=1)
     assert tuned.config.use_cache  # the Trainer turns it off while it trains
     assert all(p.requires_grad for p in tuned.parameters())  # a frozen output layer is copied once a row
+
+
+def test_a_fine_tune_that_is_interrupted_leaves_the_model_as_it_was(
+    tokenizer: Any,
+) -> None:
+    model = tiny()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def progress(_stage: str, _total: int = 0) -> Any:
+        def interrupt(_steps: int) -> None:
+            raise KeyboardInterrupt
+
+        return interrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(model, tokenizer, [{"prompt": "hello", "answer": "world"}], None, steps=3, progress=progress)
+    assert model.config.use_cache
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
