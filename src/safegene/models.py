@@ -258,10 +258,9 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def template_digest(tokenizer: Any) -> str:
-    """Short digest of how a tokenizer writes a fixed chat: another template puts other tokens where the gate is read."""
-    chat = [{"role": role, "content": "Hello."} for role in ("user", "assistant", "user")]
-    written = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    return hashlib.sha256(str(written).encode()).hexdigest()[:16]
+    """Short digest of a tokenizer's chat template: another one puts other tokens where the gate is read. Of its source, for some
+    write today's date."""
+    return hashlib.sha256(repr(tokenizer.chat_template).encode()).hexdigest()[:16]
 
 
 def check_fit(config: AdapterConfig, text: Any) -> None:

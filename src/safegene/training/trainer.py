@@ -91,7 +91,7 @@ def train(
         **dataclasses.asdict(arguments), "data": data.fingerprint(texts), "pairs": len(pairs),
         "targets": data.fingerprint([*targets_said, *data.OPENINGS]),
     }  # fmt: skip
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available())
     with state.main_process_first():
         _claim(out, json.loads(json.dumps(record)))
 
