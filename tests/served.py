@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import httpx
 import torch
 import uvicorn
+from fastapi import FastAPI
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -23,6 +25,8 @@ from safegene.serving.audit import Audit
 from safegene.serving.door import Limits
 from safegene.serving.engine import Engine, Ticket
 
+FUZZED = int(os.environ.get("SAFEGENE_FUZZED", "300"))
+"""Examples of each fuzzing test; `make fuzz-serving` takes 10,000."""
 FAR = 1e6
 NAME = "org/tiny"
 KEY = "sk-test"
@@ -43,8 +47,8 @@ CHAT: dict[str, Any] = {
 class Served:
     """A server that runs, and what is behind it."""
 
-    def __init__(self, url: str, engine: Engine, handle: Handle) -> None:
-        self.url, self.engine, self.handle = url, engine, handle
+    def __init__(self, url: str, app: FastAPI, engine: Engine, handle: Handle) -> None:
+        self.url, self.app, self.engine, self.handle = url, app, engine, handle
         self.tickets: list[Ticket] = []
 
     def client(self, **more: Any) -> OpenAI:
@@ -97,7 +101,7 @@ def serving(
         while not server.started:
             assert thread.is_alive()
             time.sleep(0.01)
-        served = Served(f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", engine, handle)
+        served = Served(f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", app, engine, handle)
         submit = engine.submit
 
         def noted(ticket: Ticket) -> None:

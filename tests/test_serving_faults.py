@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from importlib import resources
 from pathlib import Path
@@ -161,6 +162,8 @@ def test_the_playground_in_a_browser(tokenizer: Any) -> None:
             assert first is not None
             assert second is not None
             assert (second["y"] > first["y"]) is (width == 390)
+        if picture := os.environ.get("SAFEGENE_SCREENSHOT"):  # for the docs: a path that ends in .png
+            page.screenshot(path=picture, full_page=True)
         assert [url for url in asked if not url.startswith((served.url, "data:"))] == []
         assert complaints == []
         browser.close()

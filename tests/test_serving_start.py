@@ -17,6 +17,7 @@ from safegene.cli import main
 from safegene.errors import AttachError, GateError
 from safegene.models import LoadedModel
 from safegene.serving.armed import prove
+from safegene.serving.door import Limits
 from served import ANCHORS, FAR
 
 # Armed or not
@@ -139,6 +140,9 @@ def test_the_command_serves_what_is_armed(
     assert serve(folders, "--host", "0.0.0.0", "--api-key-file", str(folders / "key")) == 0
     assert "anyone" not in capsys.readouterr().err
     assert "/playground/compare" not in started[1][0].openapi()["paths"]
+    assert app.state.service.limits == Limits()
+    assert serve(folders, "--max-body", "5000", "--timeout", "30", "--max-tokens", "9", "--max-batch", "2") == 0
+    assert started[2][0].state.service.limits == Limits(body=5000, max_tokens=9, concurrency=8, seconds=30)
 
     assert main(["calibrate", "--model", str(folders / "model"), "--adapter", str(folders / "adapter"), "--out", str(folders / "c")]) == 0  # fmt: skip
     assert serve(folders, "--calibration", str(folders / "c")) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from dataclasses import replace
@@ -114,16 +115,74 @@ def test_the_entry_point_imports_nothing_heavy() -> None:
 
 
 def test_the_plugin_registers_names_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    known: dict[str, str] = {}
-    registry = SimpleNamespace(register_model=known.__setitem__)
+    others = ("LLaMAForCausalLM", "Ministral3ForCausalLM", "GemmaForCausalLM", "TransformersForCausalLM")
+    vllms = dict.fromkeys((*plugin.PROTECTED, *others, "EagleLlamaForCausalLM"), "vllm's")
+    known = {**vllms}
+    registry = SimpleNamespace(register_model=known.__setitem__, get_supported_archs=known.keys)
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(ModelRegistry=registry))
     monkeypatch.setitem(sys.modules, "vllm.version", SimpleNamespace(__version__="0.32.1"))
+    drafts = SimpleNamespace(_SPECULATIVE_DECODING_MODELS={"EagleLlamaForCausalLM": ("llama_eagle", "EagleLlamaForCausalLM")})  # fmt: skip
+    monkeypatch.setitem(sys.modules, "vllm.model_executor.models.registry", drafts)
     monkeypatch.delenv(plugin.ADAPTER, raising=False)
     plugin.register()
-    assert sorted(known) == [f"SafeGene{name}" for name in plugin.PROTECTED]
+    own = {f"SafeGene{name}": f"{plugin.CLASSES}:SafeGene{name}" for name in plugin.PROTECTED}
+    assert known == {**vllms, **own}
     monkeypatch.setenv(plugin.ADAPTER, "smollm2-135m-instruct")
     plugin.register()
-    assert known["LlamaForCausalLM"] == known["SafeGeneLlamaForCausalLM"]
+    assert known == {
+        **own, **{name: own[f"SafeGene{name}"] for name in plugin.PROTECTED}, **dict.fromkeys(others, f"{plugin.CLASSES}:Refused"),
+        "EagleLlamaForCausalLM": "vllm's",
+    }  # fmt: skip
     monkeypatch.setitem(sys.modules, "vllm.version", SimpleNamespace(__version__="0.33.0"))
     with pytest.raises(AttachError, match=r"is for 0\.32\.x only"):
         plugin.register()
+
+
+def imported(name: str, monkeypatch: pytest.MonkeyPatch, **vllms: Any) -> Any:
+    """A module of the plugin that needs vLLM, on stand-ins for vLLM's modules."""
+    for module, holds in vllms.items():
+        monkeypatch.setitem(sys.modules, f"vllm.{module.replace('__', '.')}", holds)
+    whole = f"safegene.serving.vllm.{name}"
+    monkeypatch.delitem(sys.modules, whole, raising=False)
+    try:
+        return importlib.import_module(whole)
+    finally:
+        sys.modules.pop(whole, None)
+
+
+def test_what_has_no_protected_form_is_refused_when_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+    stands: dict[str, Any] = {
+        f"model_executor__models__{file}": SimpleNamespace(
+            **{f"{name}{part}": type(f"{name}{part}", (torch.nn.Module,), {}) for part in ("DecoderLayer", "ForCausalLM")}
+        )
+        for file, name in names.items()
+    }  # fmt: skip
+    refused = imported("architectures", monkeypatch, **stands).Refused
+    asked = SimpleNamespace(model_config=SimpleNamespace(architectures=["GemmaForCausalLM"], model_impl="auto"))
+    with pytest.raises(AttachError, match="SAFEGENE_ADAPTER is set, and GemmaForCausalLM has no protected form"):
+        refused(vllm_config=asked, prefix="")
+
+
+def test_a_block_in_config_json_asks_for_the_protected_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Parser:
+        def parse(self, model: dict[str, Any], **_: Any) -> tuple[dict[str, Any], Any]:
+            return model, SimpleNamespace(
+                **{"auto_map": {"AutoModel": "theirs.Theirs"}, "architectures": None, **model}
+            )
+
+    parsers: dict[str, Any] = {}
+    stand = SimpleNamespace(
+        HFConfigParser=Parser, MistralConfigParser=Parser, register_config_parser=lambda name: lambda parser: parsers.setdefault(name, parser)
+    )  # fmt: skip
+    imported("config_json", monkeypatch, transformers_utils__config=stand)
+    block = {"safegene": {"adapter": "safegene"}}
+    for parser in (parsers["hf"](), parsers["mistral"]()):
+        for said, meant in (
+            (["LlamaForCausalLM"], ["SafeGeneLlamaForCausalLM"]), (["SafeGeneLlamaForCausalLM"], ["SafeGeneLlamaForCausalLM"]),
+            (["GemmaForCausalLM"], ["SafeGeneGemmaForCausalLM"]), (None, ["SafeGene"]),
+        ):  # fmt: skip
+            config = parser.parse({"architectures": said, **block})[1]
+            assert (config.architectures, config.auto_map) == (meant, None)
+        plain = parser.parse({"architectures": ["LlamaForCausalLM"]})[1]
+        assert (plain.architectures, plain.auto_map) == (["LlamaForCausalLM"], {"AutoModel": "theirs.Theirs"})

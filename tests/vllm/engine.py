@@ -30,6 +30,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         sampling = SamplingParams(temperature=0.0, max_tokens=asked["tokens"])
         outputs = llm.generate(prompts, sampling, use_tqdm=False)
         answers.append([list(o.outputs[0].token_ids) for o in outputs])
+        print("answered", json.dumps(answers[-1]), flush=True)  # what is known where a later round ends the engine
     seconds = time.time() - ready
     counted = {m.name: getattr(m, "value", None) for m in llm.get_metrics() if hasattr(m, "value")}
     kept = ("vllm:num_preemptions", "vllm:prefix_cache_queries", "vllm:prefix_cache_hits")

@@ -111,6 +111,11 @@ class Served:
             assert time.monotonic() < end, "".join(self.said)[-3000:]
             time.sleep(0.5)
 
+    def figure(self, name: str) -> float:
+        """What /metrics says of one figure, all its labels together."""
+        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
+
     def answers(self) -> bool:
         assert self.process.poll() is None, "".join(self.said)[-4000:]
         with contextlib.suppress(httpx.TransportError):
@@ -122,13 +127,13 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(reference: dict[str, Any], *more: str, key: str = "") -> Iterator[Served]:
-    """The command, once it answers."""
+def serving(reference: dict[str, Any], *more: str, own: Sequence[str] = (), key: str = "") -> Iterator[Served]:
+    """The command, once it answers. `own`: further options of ours; `more`: of vLLM's."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [
         sys.executable, "-m", "safegene", "serve", "--engine", "vllm", "--model", reference["model"], "--adapter", reference["adapter"],
-        "--calibration", reference["calibration"], "--port", str(port), "--", "--max-model-len", "1024", "--max-num-seqs", "16",
+        "--calibration", reference["calibration"], "--port", str(port), *own, "--", "--max-model-len", "1024", "--max-num-seqs", "16",
         *more,
     ]  # fmt: skip
     process = subprocess.Popen(

@@ -91,11 +91,15 @@ def test_what_cannot_be_protected_is_refused(
 
 
 def test_nan_in_a_layer_stops_the_engine(reference: dict[str, Any], tmp_path: Path) -> None:
-    """Above the last gate layer: the scores of that step were finite, and its answer is not given either."""
+    """Above the last gate layer: the scores of that step were finite, and its answer is not given either. Before it all was well."""
+    prompts = of(reference, "harmful", "benign")[28:32]
     for layer in (8, 20):
-        asked = round_of(of(reference, "harmful", "benign")[28:32], 8)
+        asked = round_of(prompts, 8)
         spoilt = {"engine": options(reference, worker_extension_cls="poison.Poison"), "rounds": [asked, asked], "poison": layer}  # fmt: skip
-        refused(attempt(tmp_path, spoilt, **protected(reference)), tmp_path, "The gate's score is NaN")
+        done = attempt(tmp_path, spoilt, **protected(reference))
+        refused(done, tmp_path, "The gate's score is NaN")
+        (before,) = [line.partition("answered ")[2] for line in done.stdout.splitlines() if "answered [" in line]
+        assert json.loads(before) == [p["answer"][:8] for p in prompts]
 
 
 def test_a_graph_compiled_for_another_adapter_is_not_used() -> None:
@@ -111,25 +115,47 @@ def test_a_graph_compiled_for_another_adapter_is_not_used() -> None:
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"model_impl": "transformers", "hf_overrides": {}},
+        *({"hf_overrides": {"architectures": [name]}} for name in (
+            "LLaMAForCausalLM", "Ministral3ForCausalLM", "InternLM3ForCausalLM", "TeleChat3ForCausalLM", "GemmaForCausalLM")),
+    ],
+    ids=lambda more: more.get("model_impl") or more["hf_overrides"]["architectures"][0],
+)  # fmt: skip
+def test_what_has_no_protected_form_is_refused(more: dict[str, Any], reference: dict[str, Any], tmp_path: Path) -> None:
+    """With SAFEGENE_ADAPTER set and no architecture of ours named."""
+    refused(attempt(tmp_path, job(reference, **more), **protected(reference)), tmp_path, "has no protected form")
+
+
 def test_a_forgotten_override_is_no_way_around(reference: dict[str, Any], tmp_path: Path) -> None:
-    prompts = of(reference, "harmful")[:8]
+    prompts = of(reference, "harmful")[:8] + of(reference, "benign")[:4]
     engine = options(reference)
     del engine["hf_overrides"]
     got = ask(tmp_path, {"engine": engine, "rounds": [round_of(prompts)]}, **protected(reference))
     assert compare(prompts, got["answers"][0]) == []
 
 
-def test_a_model_folder_that_names_its_adapter(reference: dict[str, Any], tmp_path: Path) -> None:
-    """Opt-in by config.json: architecture, adapter and calibration travel with the model."""
+def named(reference: dict[str, Any], tmp_path: Path, architecture: str) -> dict[str, Any]:
+    """A job on a model folder with adapter and calibration inside and a block in config.json that names them."""
     folder = tmp_path / "model"
     shutil.copytree(reference["model"], folder)
     shutil.copytree(hub.folder_of(reference["adapter"]), folder / "safegene")
     shutil.copy(reference["calibration"], folder / "safegene" / "calibration.safetensors")
     config = json.loads((folder / "config.json").read_text())
-    named = {"architectures": ["SafeGeneLlamaForCausalLM"], "safegene": {"adapter": "safegene"}}
-    (folder / "config.json").write_text(json.dumps({**config, **named}))
-    engine = options(reference, model=str(folder))
-    del engine["hf_overrides"]
-    prompts = of(reference, "harmful")[:8]
-    got = ask(tmp_path, {"engine": engine, "rounds": [round_of(prompts)]})
+    block = {"architectures": [architecture], "safegene": {"adapter": "safegene"}}
+    (folder / "config.json").write_text(json.dumps({**config, **block}))
+    return job(reference, model=str(folder), hf_overrides={})
+
+
+@pytest.mark.parametrize("architecture", ["SafeGeneLlamaForCausalLM", "LlamaForCausalLM"])
+def test_a_model_folder_that_names_its_adapter(architecture: str, reference: dict[str, Any], tmp_path: Path) -> None:
+    """Opt-in by config.json: adapter and calibration travel with the model, and protect it whatever architecture it names."""
+    prompts = of(reference, "harmful")[:8] + of(reference, "benign")[:4]
+    got = ask(tmp_path, {**named(reference, tmp_path, architecture), "rounds": [round_of(prompts)]})
     assert compare(prompts, got["answers"][0]) == []
+
+
+def test_a_model_folder_without_a_protected_form_is_refused(reference: dict[str, Any], tmp_path: Path) -> None:
+    refused(attempt(tmp_path, named(reference, tmp_path, "GemmaForCausalLM")), tmp_path, "SafeGeneGemmaForCausalLM")

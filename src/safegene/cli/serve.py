@@ -14,7 +14,7 @@ import typer
 from safegene.errors import SafegeneError
 from safegene.models import EMBEDDED
 
-KEY_VARIABLE = "SAFEGENE_API_KEY"
+KEY_VARIABLE, VLLM_KEY_VARIABLE = "SAFEGENE_API_KEY", "VLLM_API_KEY"
 MAX_BATCH, MAX_TOKENS = 16, 1024
 
 
@@ -27,10 +27,12 @@ def command(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8000,
     api_key_file: Annotated[Path | None, typer.Option(help=f"File that holds the API key; else ${KEY_VARIABLE}.")] = None,
     playground: Annotated[bool, typer.Option("--playground", help="Show a page at / that also gives answers without the adapter.")] = False,
-    audit: Annotated[Path | None, typer.Option(help="Append one JSON line an answer to this file.")] = None,
+    audit: Annotated[Path | None, typer.Option(help="Append one JSON line an answer to this file; with vllm, one a request.")] = None,
     audit_text: Annotated[bool, typer.Option("--audit-text", help="Write prompts and answers into it, too.")] = False,
     max_batch: Annotated[int | None, typer.Option(min=1, help=f"Answers generated together; {MAX_BATCH} where nothing else is said.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help=f"New tokens of an answer at most; {MAX_TOKENS} where nothing else is said.")] = None,
+    max_body: Annotated[int | None, typer.Option(min=1, help="Bytes of a request's body at most; 1,048,576 where nothing else is said.")] = None,
+    timeout: Annotated[float | None, typer.Option(min=1, help="Seconds that an answer may take, waiting included; 120 where nothing else is said, 600 with vllm.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: the checkpoint's, which is the default with --calibration.")] = "",
     allow_drift: Annotated[bool, typer.Option("--allow-drift", help="Serve even when the gate has lost its way here.")] = False,
     more: Annotated[list[str] | None, typer.Argument(metavar="-- VLLM_OPTIONS", help="With --engine vllm: options of vLLM's own server, after --.")] = None,
@@ -40,18 +42,19 @@ def command(
         raise typer.BadParameter(f"--engine is transformers or vllm, not {engine}.")
     if engine == "vllm":
         others = {
-            "--playground": playground, "--audit": audit, "--audit-text": audit_text, "--max-batch": max_batch,
-            "--max-tokens": max_tokens, "--allow-drift": allow_drift,
+            "--playground": playground, "--audit-text": audit_text, "--max-batch": max_batch, "--max-tokens": max_tokens,
+            "--allow-drift": allow_drift,
         }  # fmt: skip
         if given := [name for name, value in others.items() if value]:
             raise typer.BadParameter(f"{given[0]} is the transformers engine's; vLLM's own options come after --.")
         if dtype not in ("", "bfloat16", "float16", "float32"):
             raise typer.BadParameter(f"--dtype is bfloat16, float16 or float32 with --engine vllm, not {dtype}.")
-        key = checked_door(host, port, api_key_file)
+        key = checked_door(host, port, api_key_file, KEY_VARIABLE, VLLM_KEY_VARIABLE)
         from safegene.serving.vllm.launch import launch
 
         launch(
-            model=model, adapter=adapter, calibration=calibration, dtype=dtype, host=host, port=port, api_key=key, more=more or ()
+            model=model, adapter=adapter, calibration=calibration, dtype=dtype, host=host, port=port, api_key=key, audit=audit,
+            max_body=max_body, timeout=timeout, more=more or (),
         )  # fmt: skip
         return
     if more:
@@ -74,7 +77,7 @@ def command(
 
     if audit_text and audit is None:
         raise typer.BadParameter("--audit-text needs --audit FILE.")
-    key = checked_door(host, port, api_key_file)
+    key = checked_door(host, port, api_key_file, KEY_VARIABLE)
     max_batch = max_batch or MAX_BATCH
     if playground:
         warn("the playground also gives answers without the adapter; leave --playground out where others can reach it.")
@@ -87,7 +90,9 @@ def command(
     handle = attach(loaded.model, gene, tokenizer=loaded.tokenizer, calibration=saved, allow_drift=allow_drift)
     proof = prove(loaded, handle)
     answering = Engine(loaded, handle, max_batch=max_batch)
-    limits = Limits(max_tokens=max_tokens or MAX_TOKENS, concurrency=4 * max_batch)
+    limits = Limits(
+        body=max_body or Limits.body, max_tokens=max_tokens or MAX_TOKENS, concurrency=4 * max_batch, seconds=timeout or Limits.seconds
+    )  # fmt: skip
     app = create_app(
         answering, model_name=model, adapter_digest=gene.config.weights_sha256, limits=limits, api_key=key, audit=log,
         playground=playground, proof=proof,
@@ -106,27 +111,31 @@ def command(
         answering.stop()
 
 
-def checked_door(host: str, port: int, api_key_file: Path | None) -> str:
+def checked_door(host: str, port: int, api_key_file: Path | None, *variables: str) -> str:
     """The API key, of an address that can be listened at; warns where it is open to others without one.
+
+    Args:
+        variables: of the environment, where a key may stand; the first that holds one counts.
 
     Raises:
         SafegeneError: no usable key in the file, or nothing can listen there.
     """
-    key = read_key(api_key_file)
+    key = read_key(api_key_file, *variables)
     check_address(host, port)
     if not key and not is_loopback(host):
         warn(f"anyone who reaches {host}:{port} can ask; give --api-key-file or {KEY_VARIABLE}.")
     return key
 
 
-def read_key(file: Path | None) -> str:
+def read_key(file: Path | None, *variables: str) -> str:
     """The API key of a file, or of the environment; "" where there is none.
 
     Raises:
         SafegeneError: a file without a usable key, which must not mean that none is asked for.
     """
     if file is None:
-        key, where = os.environ.get(KEY_VARIABLE, "").strip(), f"${KEY_VARIABLE}"
+        found = ((os.environ.get(name, "").strip(), f"${name}") for name in variables)
+        key, where = next((pair for pair in found if pair[0]), ("", ""))
         if not key:
             return ""
     else:

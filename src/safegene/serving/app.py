@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 
 from safegene.serving import playground as comparison
 from safegene.serving.audit import Audit
-from safegene.serving.door import REQUEST_ID, Door, Limits
+from safegene.serving.door import REQUEST_ID, Door, Limits, route_of
 from safegene.serving.engine import Engine
 from safegene.serving.protocol import ApiError, ChatRequest, CompareRequest, CompletionRequest, field_name
 from safegene.serving.replies import ChatForm, CompletionForm, Head, Model, ModelList
@@ -67,7 +67,7 @@ def create_app(
     app = FastAPI(title="SafeGene", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     app.state.service = service
     app.add_middleware(
-        Door, limits=limits, api_key=api_key, count=lambda route, status: service.metrics.requests.labels(route, status).inc()
+        Door, limits=limits, api_key=api_key, passed=lambda it: service.metrics.requests.labels(route_of(it.path), it.status).inc()
     )  # fmt: skip
     for kind, handler in HANDLERS.items():
         app.add_exception_handler(kind, handler)

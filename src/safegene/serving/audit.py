@@ -1,4 +1,4 @@
-"""The audit log: one JSON line an answer, written and handed to the system when the answer ends.
+"""The audit log: one JSON line an answer, under vLLM one a request, written and handed to the system when it ends.
 
 Prompts and answers stand in it only when asked for. A line that the disk does not take is kept and tried again; until it is written,
 no new request is served.
@@ -37,6 +37,18 @@ class Record:
     seconds: float
 
 
+@dataclass(frozen=True)
+class RequestRecord:
+    """What is said of one request under vLLM, which tells no gate of it. `seconds`: from its arrival to the last piece of its answer."""
+
+    request_id: str
+    route: str
+    model: str
+    adapter: str
+    status: int
+    seconds: float
+
+
 class Audit:
     """An open log. Used in one thread.
 
@@ -50,7 +62,7 @@ class Audit:
         self._file = open(path, "ab", buffering=0, opener=lambda p, flags: os.open(p, flags, 0o600))  # noqa: SIM115
         self._left = b""
 
-    def write(self, record: Record, *, prompt: str = "", answer: str = "") -> None:
+    def write(self, record: Record | RequestRecord, *, prompt: str = "", answer: str = "") -> None:
         """Append one line; a disk that does not take it is remembered in `failure`."""
         line: dict[str, object] = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **asdict(record)}
         if self.text:
@@ -68,6 +80,10 @@ class Audit:
             return False
         self.failure = ""
         return True
+
+    def refusal(self) -> str:
+        """Why no new request is served; "" where every line so far is written."""
+        return "" if self.ready() else f"The audit log cannot be written ({self.failure}); free space on its disk."
 
     def close(self) -> None:
         self._file.close()

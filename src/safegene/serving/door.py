@@ -1,13 +1,14 @@
 """The door: key, number and size of requests, looked at before anything of them is parsed.
 
-It stands around the whole application as plain ASGI, so that a stream passes through it piece by piece. Whatever is not listed as
-open needs the key.
+It stands around the whole application, this project's or vLLM's, as plain ASGI, so that a stream passes through it piece by piece.
+Whatever is not listed as open needs the key.
 """
 
 from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,11 +50,21 @@ def route_of(path: str) -> str:
     return f"{MODELS}/{{id}}" if path.startswith(f"{MODELS}/") else "other"
 
 
-class Door:
-    """ASGI middleware. `count(route, status)` is called once a request."""
+@dataclass(frozen=True)
+class Passage:
+    """A request that has been answered or refused. `status` is 499 where the client went away before anything was said."""
 
-    def __init__(self, app: ASGIApp, *, limits: Limits, api_key: str, count: Callable[[str, int], None]) -> None:
-        self.app, self.limits, self.count = app, limits, count
+    request_id: str
+    path: str
+    status: int
+    seconds: float
+
+
+class Door:
+    """ASGI middleware. `passed` is called once a request, at its end."""
+
+    def __init__(self, app: ASGIApp, *, limits: Limits, api_key: str, passed: Callable[[Passage], None]) -> None:
+        self.app, self.limits, self.passed = app, limits, passed
         self.key = api_key.encode()
         self.inside = 0
 
@@ -61,8 +72,9 @@ class Door:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        start = time.monotonic()
         request_id = scope[REQUEST_ID] = uuid.uuid4().hex
-        status = 499  # the client went away before anything was said
+        status = 499
 
         async def named(message: Message) -> None:
             nonlocal status
@@ -77,7 +89,7 @@ class Door:
             status = 500
             raise
         finally:
-            self.count(route_of(scope["path"]), status)
+            self.passed(Passage(request_id, scope["path"], status, round(time.monotonic() - start, 3)))
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         posts = scope["method"] == "POST"
@@ -101,7 +113,7 @@ class Door:
             self.inside -= posts
 
     def _check_key(self, scope: Scope) -> None:
-        if not self.key or scope["path"] in OPEN:
+        if not self.key or scope["path"] in OPEN or scope["method"] == "OPTIONS":  # a browser's preflight has no key
             return
         scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
         # Header values are Latin-1 by definition; compared as bytes, for compare_digest takes ASCII strings only.

@@ -11,6 +11,11 @@ GATE = (-8.0, -4.0, -2.0, -1.0, -0.5, 0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 
+def counted_requests(registry: CollectorRegistry) -> Counter:
+    """What has come through the door; labels: route, status."""
+    return Counter("safegene_requests", "Requests by route and HTTP status.", ["route", "status"], registry=registry)
+
+
 class Metrics:
     """The figures of one server, in a registry of their own."""
 
@@ -18,9 +23,7 @@ class Metrics:
         self, *, armed: Callable[[], float], waiting: Callable[[], float], running: Callable[[], float]
     ) -> None:
         self.registry = registry = CollectorRegistry()
-        self.requests = Counter(
-            "safegene_requests", "Requests by route and HTTP status.", ["route", "status"], registry=registry
-        )
+        self.requests = counted_requests(registry)
         self.interventions = Counter("safegene_interventions", "Answers in which the gate opened.", registry=registry)
         self.gate = Histogram(
             "safegene_gate_opening", "Highest (s - tau) / w of prompt and answer; above 0 the adapter acted.",

