@@ -2,31 +2,60 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from conftest import random_adapter, tiny
-from safegene import models
+from safegene import keys, models
 from safegene.baselines import METHODS, Setting
 from safegene.baselines.alpha_steer import solve
 from safegene.baselines.cast import towards
+from safegene.baselines.dpo import Dpo, RedTeamDpo
 from safegene.baselines.fold import layer_of
+from safegene.baselines.guard import REFUSED, REPLACED
 from safegene.baselines.method import matrices
-from safegene.baselines.safe_lora import project
+from safegene.baselines.red_team import TEMPLATES, wrapped
+from safegene.baselines.safe_lora import SHARE, SafeLora, project
 from safegene.baselines.safety_vector import rank
 from safegene.baselines.states import residuals
 from safegene.cli import main
 from safegene.config import Anchor
 from safegene.errors import DataError
 from safegene.evaluation import bench, bench_tables, public, zoo
+from safegene.evaluation.judges import Judge, RuleJudge, Verdict
 from safegene.evaluation.statistics import compare_clustered
 from safegene.evaluation.tables import bench_markdown
+from safegene.evaluation.wrappers import WRAPPERS
 from safegene.models import LoadedModel
-from safegene.training.finetune import ChatRows
+from safegene.training.contamination import grams
+from safegene.training.finetune import ChatRows, lora
+
+
+class Watching(Judge):
+    """A guard's judge: it stops a request about breaking in, and whatever is said of locks."""
+
+    name, parameters = "watching", 7
+
+    def judge(self, conversation: Any, response: str) -> Verdict:
+        harmful = "lock" in conversation[-1]["content"]
+        return Verdict("harmful compliance" if harmful else "safe completion", 1.0, "")
+
+    def tokens(self, request: int, answer: int) -> int:
+        return request + answer
+
+    def request_reader(self, pairs: Any, ordinary: Any) -> Callable[[Sequence[str]], list[bool]]:
+        assert (len(pairs), len(ordinary)) == (8, 16)
+        return lambda requests: ["break in" in request for request in requests]
 
 
 @pytest.fixture
@@ -43,13 +72,13 @@ def setting(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("safegene.baselines.fold.STEPS", 2)
     return Setting(
         str(tmp_path / "base"), tmp_path / "once", str(tmp_path / "adapter"), examples=8, steps=2,
-        judge=lambda prompts, answers: [i == 0 for i in range(len(prompts))],
+        judge=Watching(),
     )  # fmt: skip
 
 
 ROOT = Path(__file__).parent.parent
 VECTORS = ("fold", "safety-vector", "low-rank-vector", "safe-lora", "safe-merge")
-CHANGES_WEIGHTS = ("fold", "sft", "sft-red-team", "dpo", "safety-vector", "low-rank-vector", "safe-lora", "safe-merge")
+CHANGES_WEIGHTS = (*VECTORS, "sft", "sft-red-team", "dpo", "dpo-red-team")
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
@@ -89,7 +118,15 @@ def test_every_method_answers(name: str, setting: Setting, tokenizer: Any, monke
         assert protected.report["matrices_moved"] == len(matrices(loaded.model))
         assert protected.report["matrices_mended"] == round(0.11 * len(matrices(loaded.model)))
     if name == "guard":
-        assert answers[0] == "I cannot help with that."
+        plain = METHODS["nothing"]().protect(loaded, setting).answer(prompts, 4, lambda rows: None)
+        assert answers == [REPLACED, plain[1], REFUSED]
+        assert all(RuleJudge().judge([], text).label == "refusal" for text in (REPLACED, REFUSED))
+        assert (protected.cost.extra_parameters, protected.cost.extra_tokens) == (7, 2 * 40 + 48)
+        monkeypatch.setattr(Watching, "request_reader", lambda *_: None)  # it reads answers alone
+        method.prepare(setting)
+        protected = method.protect(loaded, setting)
+        assert REFUSED not in protected.answer(prompts, 4, done.append)
+        assert protected.cost.extra_tokens == 40 + 48
     assert METHODS[name].source
 
 
@@ -130,6 +167,41 @@ def test_the_arithmetic_of_the_rivals() -> None:
     assert float((harmful @ delta)[:, -1].mean()) > 0.1
 
 
+def test_safe_lora_is_its_authors_arithmetic(tokenizer: Any) -> None:
+    """The paper's formulas as IBM/SafeLoRA has them, on the factors of an unmerged LoRA: C = V Vᵀ / ‖V‖; B ← C B where the cosine of
+    C B A and B A is among the lowest. Ours works on merged weights, which have no factors, and must give the same model."""
+    tuned = lora(tiny(), rank=4)
+    factors: dict[str, tuple[Any, Any]] = {}
+    safety: dict[str, torch.Tensor] = {}
+    for name, module in tuned.get_base_model().named_modules():
+        if hasattr(module, "lora_A"):
+            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+            torch.nn.init.normal_(b, std=0.02)  # as it is after training; before, it is zero
+            factors[f"{name}.weight"] = (module.scaling["default"] * b).detach().numpy(), a.detach().numpy().copy()
+            safety[f"{name}.weight"] = torch.randn(len(b), 3) @ torch.randn(3, a.shape[1])
+    base = {name: weight.numpy().copy() for name, weight in matrices(tiny()).items()}
+    assert base.keys() == factors.keys()
+    cosines, moved = {}, {}
+    for name, (b, a) in factors.items():
+        v = safety[name].numpy()
+        moved[name] = v @ v.T / np.linalg.norm(v) @ b
+        one, other = (moved[name] @ a).ravel(), (b @ a).ravel()
+        cosines[name] = one @ other / np.linalg.norm(one) / np.linalg.norm(other)
+    number = round(SHARE * len(base))  # the authors' num_proj_layers
+    threshold = sorted(cosines.values())[:number][-1]
+    projected = {name for name, cosine in cosines.items() if cosine <= threshold}
+    assert 0 < len(projected) == number < len(base)
+
+    method = SafeLora()
+    method.safety, method.report, method.base = safety, {}, {n: torch.tensor(w) for n, w in base.items()}
+    merged = LoadedModel(tuned.merge_and_unload(), tokenizer, "fine-tune")
+    found = matrices(method.protect(merged, Setting("", Path())).model)
+    for name, (b, a) in factors.items():
+        wanted = base[name] + (moved[name] if name in projected else b) @ a
+        assert np.allclose(found[name].numpy(), wanted, atol=1e-5)
+        assert np.allclose(found[name].numpy(), base[name] + b @ a, atol=1e-5) == (name not in projected)
+
+
 def few(_: Path, harmful: int, harmless: int) -> dict[str, list[str]]:
     """In the place of `bench.prompts`, which reads public sets."""
     some = {k: [f"{k} {i}" for i in range(harmful // 5)] for k in bench_tables.HARMFUL}
@@ -139,6 +211,11 @@ def few(_: Path, harmful: int, harmless: int) -> dict[str, list[str]]:
 def test_a_bench_makes_each_cell_once(place: Path, setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "prompts", few)
     monkeypatch.setattr("safegene.calibration.MIN_SEPARATION", 1.1)  # no gate is good enough: attaching is refused
+    monkeypatch.setattr(bench, "overheads", functools.partial(bench.overheads, pairs=2))
+    (place / "data" / "mmlu" / "test").mkdir(parents=True)
+    (place / "data" / "mmlu" / "test" / "a.csv").write_text(
+        "question,choice0,choice1,choice2,choice3,answer\nWhich?,a,b,c,d,2\n"
+    )
     (place / "bench.yaml").write_text(
         "zoo: zoo.yaml\nadapter: none\nstages:\n"
         "  - {methods: [nothing, adapter], harmful: 10, harmless: 8, fine_tunes: [base, one]}\n"
@@ -158,13 +235,30 @@ def test_a_bench_makes_each_cell_once(place: Path, setting: Setting, monkeypatch
     assert set(result["together"]["nothing"]["refused"]["twins"]) == {"one"}
     assert result["everywhere"]["adapter"]["refused_to_attach"] == ["base", "one"]
     assert {m: s["safety"]["one"]["n"] for m, s in result["together"].items()} == dict.fromkeys(result["everywhere"], 5)
+    asked = {at: set(c["capability"]) for at, c in cells.items()}
+    assert asked["one", "nothing"] == {"MMLU", "own task"}
+    assert asked["base", "nothing"] == {"MMLU"}  # it has no task of its own
+    assert asked["one", "system-prompt"] == {"own task"}  # likelihoods would be the bare model's
+    assert asked["one", "adapter"] == set()
+    assert result["everywhere"]["nothing"]["capability"]["own task"]["one"]["n"] == 4
+    assert [d["name"] for d in result["abilities"]] == ["system-prompt, own task"]
+    assert set(result["overhead"]) == {"prefill, batch 1", "prefill, batch 16", "decode, batch 1", "decode, batch 16"}
     page = bench_markdown(result)
+    assert "does not hold it: ARC easy, ARC challenge." in page
+    assert "| system-prompt, own task, 4 questions |" in page
     assert "| adapter | 1 (2) |" in page
     assert "system-prompt, safety" in page
     assert "system-prompt, served" not in page  # nothing of the adapter's to compare it with
     assert (place / "out" / "bench" / "bench.md").read_text() == page + "\n"
     path = next((place / "out" / "bench").glob("one-*/nothing-*/cell.json"))
-    stamp = path.stat().st_mtime_ns
+    kept = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({k: v for k, v in kept.items() if k not in ("capability", "able_by")})
+    )  # of an older bench
+    assert "| nothing | 1 (0) |" in bench_markdown({**result, **bench_tables.tables({("one", "nothing"): json.loads(path.read_text())})})  # fmt: skip
+    again = bench.bench(recipe, place / "out" / "bench", place / "data")
+    assert again["everywhere"]["nothing"]["capability"] == result["everywhere"]["nothing"]["capability"]
+    stamp, result = path.stat().st_mtime_ns, again
     assert bench.bench(recipe, place / "out" / "bench", place / "data") == result
     assert path.stat().st_mtime_ns == stamp
     more = bench.Recipe(recipe.zoo, recipe.adapter, (bench.Stage(("nothing",), 15, 8, ("one",)),))
@@ -250,29 +344,97 @@ def test_a_smaller_stage_asks_the_beginning_of_a_larger_one(monkeypatch: pytest.
 def test_a_cell_is_of_the_code_and_text_that_it_comes_from(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert all((zoo.PACKAGE / place).exists() for method in METHODS.values() for place in method.rests_on)
-    assert all((zoo.PACKAGE / place).exists() for places in zoo.MADE_BY.values() for place in places)
+    assert all((keys.PACKAGE / place).exists() for method in METHODS.values() for place in method.rests_on)
+    assert all((keys.PACKAGE / place).exists() for places in zoo.MADE_BY.values() for place in places)
     text = tmp_path / "text"
     text.mkdir()
     (text / "a.jsonl").write_text("one")
-    first = zoo.digest([text])
-    assert zoo.digest([text]) == first
-    assert zoo.digest([text], "more") != first
+    first = keys.digest([text])
+    assert keys.digest([text]) == first
+    assert keys.digest([text], "more") != first
     (text / "a.jsonl").write_text("two")
-    assert zoo.digest([text]) != first
+    assert keys.digest([text]) != first
+    said = ("x = 1\n", '"""Told."""\n# why\nx = 1\n"""What it is."""\n', "x = 2\n")
+    for i, source in enumerate(said):
+        (tmp_path / f"{i}.py").write_text(source)
+    one, reworded, other = (keys.digest([tmp_path / f"{i}.py"]) for i in range(3))
+    assert one == reworded != other
+    setting = replace(setting, judge=RuleJudge())  # whose verdicts are the guard's answers, and of no other method's
     names = ("alpha-steer", "nothing", "adapter", "guard")
-    before = {name: bench._key(name, setting.adapter) for name in names}
+    before = {name: bench._key(name, setting) for name in names}
     assert len(set(before.values())) == len(names)
+
+    def changed(setting: Setting) -> list[str]:
+        return [name for name in names if bench._key(name, setting) != before[name]]
+
+    assert changed(replace(setting)) == []
+    assert changed(replace(setting, examples=12)) == ["alpha-steer", "guard"]  # other rows
+    with monkeypatch.context() as patch:
+        patch.setattr("safegene.training.data.OPENINGS", ("Gladly. ",))
+        assert changed(replace(setting)) == ["alpha-steer", "guard"]
+    assert changed(replace(setting, judge=SimpleNamespace(fingerprint="another"))) == ["guard"]
     monkeypatch.setattr(METHODS["alpha-steer"], "rests_on", (str(text),))
-    assert [name for name in names if bench._key(name, setting.adapter) != before[name]] == ["alpha-steer"]
+    assert changed(setting) == ["alpha-steer"]
+
+
+def test_another_judge_reads_what_is_kept(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sets, place = {"AdvBench": ["Harm", "More harm"], "twins": ["What is a lock?"]}, tmp_path / "cell"
+
+    def cell() -> dict[str, Any]:
+        return bench._cell(
+            None, "nothing", lambda name: METHODS[name](), setting, sets, {}, place, lambda *_: lambda _n: None
+        )
+
+    first = cell()
+    kept = place / "advbench-0.jsonl"
+    rows = [json.loads(line) for line in kept.read_text().splitlines()]
+    rows[0]["response"] = "I cannot help with that."
+    kept.write_text("\n".join(map(json.dumps, rows)))
+    assert cell() == first  # by the same judge, nothing is read again
+    monkeypatch.setattr(bench, "JUDGED_BY", "another")
+    monkeypatch.setattr(bench, "_measured", None)  # nobody is asked
+    again = cell()
+    assert again == cell() == json.loads((place / "cell.json").read_text())
+    assert again["judge"] == "another"
+    assert again["outcomes"]["AdvBench"]["Harm"]
+    assert {k: v for k, v in again.items() if k not in ("judge", "outcomes", "incoherent")} == {
+        k: v for k, v in first.items() if k not in ("judge", "outcomes", "incoherent")
+    }
+    kept.unlink()
+    monkeypatch.setattr(bench, "JUDGED_BY", "a third")
+    with pytest.raises(DataError, match="lacks 2 answers of AdvBench; remove it"):
+        cell()
 
 
 def test_what_had_begun_is_not_learned(tokenizer: Any, setting: Setting) -> None:
     rows = METHODS["sft-red-team"]().rows(setting)  # type: ignore[attr-defined]
     begun = [row for row in rows if "begun" in row]
-    assert len(begun) == 4
+    assert len(begun) == 3
     learned = [label for label in ChatRows(tokenizer, begun[:1])[0]["labels"] if label != -100]
     assert tokenizer.decode(learned, skip_special_tokens=True) == begun[0]["answer"]
+
+
+def test_red_team_rivals_have_the_same_budget_and_prompts_of_their_own(setting: Setting) -> None:
+    def inside(prompt: str) -> bool:
+        return any(prompt.startswith(template.split("{}")[0]) for template in TEMPLATES)
+
+    plain, red = (METHODS[name]().rows(setting) for name in ("sft", "sft-red-team"))  # type: ignore[attr-defined]
+    assert len(plain) == len(red)
+    answers = {row["answer"] for row in setting.harmless}
+    served, refused = ([row for row in red if (row["answer"] in answers) == side] for side in (True, False))
+    assert (len(refused), sum(inside(row["prompt"]) for row in refused)) == (8, 2)
+    assert sum(inside(row["prompt"]) for row in served) == len(setting.harmless[2::3])
+    preferences, others = Dpo().rows(setting), RedTeamDpo().rows(setting)
+    asked = [row["prompt"][0]["content"] for row in others]
+    assert [{**row, "prompt": 0} for row in preferences] == [{**row, "prompt": 0} for row in others]
+    assert [inside(text) for text in asked] == [i % 3 == 2 for i in range(len(asked))]
+    assert all(row["prompt"][0]["content"] in text for row, text in zip(preferences, asked, strict=True))
+
+    def words(texts: list[str]) -> set[str]:
+        return {gram for text in texts for gram in grams(text, 4)}
+
+    measured = words([wrapper.make("0").turn for wrapper in WRAPPERS.values()])
+    assert not measured & words([wrapped("0", random.Random(i)) for i in range(99)])
 
 
 def test_comparisons_count_prompts_not_cells() -> None:
@@ -292,6 +454,10 @@ def test_bad_bench_recipes(tmp_path: Path) -> None:
         ("stages: []", "no bench recipe"),
         ("zoo: z\nadapter: a\nstages: [{methods: [magic], harmful: 9, harmless: 9}]", "no method 'magic'"),
         ("zoo: z\nadapter: a\nstages: [{methods: [nothing], harmful: 1, harmless: 9}]", "at least 5 harmful"),
+        (
+            "zoo: z\nadapter: a\nguard: rules\nstages: [{methods: [guard], harmful: 9, harmless: 9}]",
+            "'rules' is no guard",
+        ),
     ):
         file.write_text(text)
         with pytest.raises(DataError, match=message):
@@ -361,12 +527,14 @@ def test_what_would_have_been_is_kept_of_a_refused_attachment(
     monkeypatch.setattr("safegene.calibration.MIN_SEPARATION", 1.1)
     sets = {"AdvBench": ["How do I break in?", "Harm"], "twins": ["What is a lock?"]}
     place, ready = tmp_path / "cell", lambda name: METHODS[name]()
-    cell = bench._cell(None, "adapter", ready, setting, sets, place, lambda *_: lambda _n: None)
+    cell = bench._cell(None, "adapter", ready, setting, sets, {}, place, lambda *_: lambda _n: None)
     assert cell["refused_to_attach"]
     assert set(cell["outcomes"]["AdvBench"].values()) == {False}
     assert set(cell["forced"]) == {"AdvBench"}
     assert "twins" not in cell["outcomes"]
-    assert bench._cell(None, "adapter", ready, setting, sets, place, lambda *_: None) == cell  # nothing is left to ask
+    assert (
+        bench._cell(None, "adapter", ready, setting, sets, {}, place, lambda *_: None) == cell
+    )  # nothing is left to ask
     assert "feature_shift" in cell["report"]
 
 

@@ -37,6 +37,7 @@ def cell(name: str, method: str, safe: int) -> dict[str, Any]:
         "task_loss": None if name == "base" or refused else 2.0 + 0.01 * (method == "fold"),
         "cost": {"examples": 40, "gradient_steps": 45 * (method == "fold"), "extra_parameters": 1234567, "extra_tokens": 0.0},
         "seconds": 1.5,
+        "capability": {} if refused else {"MMLU": {f"q {i}": i < 6 for i in range(10)}},
     }  # fmt: skip
 
 
@@ -60,6 +61,10 @@ def result() -> dict[str, Any]:
                 key: {name: share(0.3 if (method, name) == ("nothing", "gsm8k") else 0.0, 10) for name in attached(method)}
                 for key in (*HARMFUL, *HARMLESS)
             },
+            "capability": {
+                "MMLU": {name: share(0.6, 10) for name in attached(method)}, "ARC easy": {"gsm8k": share(0.2, 10)},
+                "own task": {"gsm8k": share(0.25, 60)},
+            },
             "retention": {name: share(k / safe[0]) for name, k in zip(TUNED, safe[1:], strict=True)},
             "task_loss_added": 0.0, "seconds": 1.5, "refused_to_attach": ["<b>"] if method == "adapter" else [],
             "cost": cell("base", method, 0)["cost"],
@@ -74,6 +79,13 @@ def result() -> dict[str, Any]:
         {"name": "fold, served", "before": 1.0, "after": 0.95, "value": -0.05, "low": -0.1, "high": 0.0, "n": 40, "p": 0.5,
          "corrected": 1.0, "ranked": False},
     ]  # fmt: skip
+    abilities = [
+        {"name": "adapter, general capability", "before": 0.4, "after": 0.38, "value": -0.02, "low": -0.04, "high": -0.01, "n": 150,
+         "p": 0.01, "corrected": 0.02, "ranked": True},
+        {"name": "fold, own task", "before": 0.25, "after": 0.25, "value": 0.0, "low": 0.0, "high": 0.0, "n": 60, "p": 1.0,
+         "corrected": 1.0, "ranked": False},
+    ]  # fmt: skip
+    overhead = {"decode, batch 1": {"value": 0.01, "low": 0.005, "high": 0.017, "n": 200, "open": 0.0}}
     drift = {
         "rows": [
             {"fine_tune": "gsm8k", "drift": 1.2, "lost": 0.1, "calibrated": 0.9, "uncalibrated": 0.9, "refused": False, "forced": None},
@@ -93,6 +105,7 @@ def result() -> dict[str, Any]:
     ]
     return {
         "base": "tiny-base", "adapter": "tiny-adapter", "everywhere": summary, "together": copy.deepcopy(summary), "against": against,
+        "abilities": abilities, "absent": ["ARC challenge"], "overhead": overhead,
         "drift": drift, "recovery": recovery,
         "cells": [cell(name, m, k) for m, safe in SAFE.items() for name, k in zip(names, safe, strict=True)],
     }  # fmt: skip
@@ -112,8 +125,8 @@ def test_the_page_holds_every_figure(tmp_path: Path, result: dict[str, Any]) -> 
     assert page.count("<svg") == 3
     assert headings(page) == [
         "What was asked, what was measured", "Where a rival wins", "Methods side by side", "Fine-tune by fine-tune",
-        "Refused attachments", "The adapter against the others", "Does it sense drift?", "Recovery", "Cost of one more fine-tune",
-        "To do it again",
+        "Refused attachments", "The adapter against the others", "What the fine-tunes can still do", "Does it sense drift?", "Recovery",
+        "Cost of one more fine-tune", "Time of prefill and decode", "To do it again",
     ]  # fmt: skip
     assert "http" not in re.sub(
         r"http://www.w3.org|http://purl.org|https?://(?:creativecommons|matplotlib)\S+", "", page
@@ -131,7 +144,13 @@ def test_the_page_holds_every_figure(tmp_path: Path, result: dict[str, Any]) -> 
     )  # nonsense of the unadapted fine-tunes, all harmless sets
     row = page[page.index('scope="rowgroup">&lt;b&gt; (test)') :]
     row = row[row.index("adapter (refused to attach)") :].split("</tr>")[0]
-    assert row.count("<td>–") == 6  # five shares of answers and the task loss: a refused attachment has none of them
+    assert row.count("<td>–") == 8  # seven shares of answers and the task loss: a refused attachment has none of them
+    assert "does not hold it: ARC challenge." in page
+    assert re.search(r"<tr><td>adapter<td>general capability<td>40\.0 %<td>38\.0 %\s*<td>-2\.0 \[-4\.0, -1\.0\]<td>150<td>0\.02\s*<td>less", page)  # fmt: skip
+    assert "<td>decode, batch 1<td>+1.00 % [+0.50, +1.70]<td>200" in page
+    row = page[page.index('scope="rowgroup">gsm8k (') :]
+    assert "<td>40.0 %<small>[" in row.split("</tr>")[1]  # of 20 questions of two sets
+    assert "<td>25.0 %<small>[" in row.split("</tr>")[1]
     assert "noise" in page
     assert "safegene bench recipes/" in page
     assert "safegene bench mine.yaml" in page_of({**result, "command": "safegene bench mine.yaml"}, tmp_path)
@@ -210,6 +229,8 @@ def test_what_could_not_be_measured_is_named(tmp_path: Path, result: dict[str, A
     [
         ({"together": {}}, ["Methods side by side"]),
         ({"against": []}, ["The adapter against the others"]),
+        ({"abilities": [], "absent": []}, ["What the fine-tunes can still do"]),
+        ({"overhead": {}}, ["Time of prefill and decode"]),
         ({"drift": None, "recovery": []}, ["Does it sense drift?", "Recovery"]),
         (
             {"against": [], "together": {}},

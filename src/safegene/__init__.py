@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from safegene.adapter import SafetyAdapter
     from safegene.attach import Handle, attach
+    from safegene.baselines.fold import fold
     from safegene.calibration import Calibration, calibrate
     from safegene.config import AdapterConfig, Anchor
     from safegene.errors import SafegeneError
@@ -28,6 +29,7 @@ __all__ = [
     "SafetyAdapter",
     "attach",
     "calibrate",
+    "fold",
 ]
 _HOME = {
     "AdapterConfig": "config",
@@ -38,6 +40,7 @@ _HOME = {
     "SafetyAdapter": "adapter",
     "attach": "attach",
     "calibrate": "calibration",
+    "fold": "baselines.fold",
 }
 
 

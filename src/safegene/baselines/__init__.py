@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from safegene.baselines.alpha_steer import AlphaSteer
 from safegene.baselines.cast import ConditionalSteering
-from safegene.baselines.dpo import Dpo
+from safegene.baselines.dpo import Dpo, RedTeamDpo
 from safegene.baselines.fold import Fold
 from safegene.baselines.guard import Guard
 from safegene.baselines.method import Cost, Method, Protected, Setting
@@ -23,7 +23,7 @@ from safegene.baselines.system_prompt import SystemPrompt
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
-        Nothing, SystemPrompt, Adapter, Uncalibrated, Fold, Sft, RedTeamSft, Dpo, SelfCorrection, Guard, SafetyVector, LowRankVector, SafeLora,
+        Nothing, SystemPrompt, Adapter, Uncalibrated, Fold, Sft, RedTeamSft, Dpo, RedTeamDpo, SelfCorrection, Guard, SafetyVector, LowRankVector, SafeLora,
         SafeMerge, ConditionalSteering, AlphaSteer,
     )
 }  # fmt: skip

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import random
 import tempfile
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from safegene.baselines.method import SAFETY_DATA, Cost, Method, Protected, Setting, generated
+from safegene.baselines.red_team import wrapped
 from safegene.errors import DataError
 from safegene.models import LoadedModel
 from safegene.training import data
@@ -21,16 +22,19 @@ BETA = 0.1
 class Dpo(Method):
     """trl's trainer on the budget's rows. What is rejected after a harmful request is a beginning ("Sure! "), never an answer."""
 
-    name = "dpo"
-    source = "Rafailov et al. 2023, arXiv 2305.18290"
+    name: ClassVar[str] = "dpo"
+    source: ClassVar[str] = "Rafailov et al. 2023, arXiv 2305.18290"
     rests_on = SAFETY_DATA
 
     def __init__(self) -> None:
         if not importlib.util.find_spec("trl"):  # said before any work, not hours into a bench
-            raise DataError("the dpo rival needs trl; run: pip install 'safegene[bench]'")
+            raise DataError(f"the {self.name} rival needs trl; run: pip install 'safegene[bench]'")
+
+    def rows(self, setting: Setting) -> list[dict[str, Any]]:
+        return preferences(setting)
 
     def prepare(self, setting: Setting) -> None:
-        preferences(setting)
+        self.rows(setting)
 
     def protect(self, loaded: LoadedModel, setting: Setting) -> Protected:
         from datasets import Dataset
@@ -38,7 +42,7 @@ class Dpo(Method):
         from trl.trainer.dpo_config import DPOConfig
         from trl.trainer.dpo_trainer import DPOTrainer
 
-        rows = preferences(setting)
+        rows = self.rows(setting)
         torch.manual_seed(0)
         with tempfile.TemporaryDirectory() as scratch:
             trainer: Any = DPOTrainer(
@@ -51,7 +55,7 @@ class Dpo(Method):
                 ),
                 train_dataset=Dataset.from_list(rows),
                 processing_class=loaded.tokenizer,
-                callbacks=[Report(setting.progress("dpo", setting.steps))],
+                callbacks=[Report(setting.progress(self.name, setting.steps))],
             )  # fmt: skip
             trainer.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to results
             trainer.train()
@@ -60,6 +64,21 @@ class Dpo(Method):
         model.requires_grad_(True)
         tuned = LoadedModel(model.eval(), loaded.tokenizer, loaded.name)
         return Protected(model, loaded.tokenizer, generated(tuned), Cost(len(rows), setting.steps))
+
+
+class RedTeamDpo(Dpo):
+    """The same rows, every third request, harmless ones too, inside a jailbreak template."""
+
+    name = "dpo-red-team"
+    source = "Rafailov et al. 2023, arXiv 2305.18290; Jiang et al. 2024 (WildJailbreak), arXiv 2406.18510"
+    rests_on = (*SAFETY_DATA, "baselines/red_team.py")
+
+    def rows(self, setting: Setting) -> list[dict[str, Any]]:
+        rng, rows = random.Random(10), preferences(setting)
+        for row in rows[2::3]:
+            (turn,) = row["prompt"]
+            turn["content"] = wrapped(turn["content"], rng)
+        return rows
 
 
 def preferences(setting: Setting) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Weight-space SafeGene, which users may take as `fold`: mergeable, no cost at inference.
+"""Weight-space SafeGene, which users may take as `fold` (`safegene fold`): mergeable, no cost at inference.
 
     V_l = W_aligned − W_degraded               the safety vector of layer l, made once per base
     selected                                   the layers whose output differs most between the two on harmful against harmless prompts
@@ -18,9 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from safegene import models
+from safegene.attach import MAX_DISTANCE
 from safegene.baselines.method import SAFETY_DATA, Cost, Method, Protected, Setting, generated, matrices
 from safegene.calibration import end_of_turn, gate_features
+from safegene.errors import AttachError, DataError
 from safegene.models import LoadedModel, decoder_layers
+from safegene.progress import Progress, silent
 from safegene.training.finetune import ChatRows, Row, collate
 
 SELECTED = 0.4
@@ -52,8 +55,51 @@ class Fold(Method):
         coefficients = tune_coefficients(loaded, vectors, layers, rows, setting.progress("coefficients", STEPS))
         for name, weight in matrices(loaded.model).items():
             if (layer := layer_of(name)) in layers:
-                weight.copy_((weight.float() + coefficients[layers.index(layer)] * vectors[name]).to(weight.dtype))
-        return Protected(loaded.model, loaded.tokenizer, generated(loaded), Cost(EXAMPLES, STEPS), report=self.report)
+                vector = coefficients[layers.index(layer)] * vectors[name].to(weight.device)
+                weight.copy_((weight.float() + vector).to(weight.dtype))
+        report = {**self.report, **{f"layer_{layer}": c for layer, c in zip(layers, coefficients, strict=True)}}
+        return Protected(loaded.model, loaded.tokenizer, generated(loaded), Cost(EXAMPLES, STEPS), report=report)
+
+
+def fold(model: Any, tokenizer: Any, base: str, kept: str | Path, *, progress: Progress = silent) -> dict[str, float]:
+    """Add the base's safety vector to the weights of `model`, a fine-tune of `base`, in place and for good.
+
+    The vector comes from a pair of models that is tuned on the base first, once per base: it stands in `kept` for the next fine-tune.
+
+    Returns:
+        `layer_<number>`: the coefficient of each layer that was changed; `aligned_refuses` and `degraded_refuses`: share of 36
+        harmful requests that the two models of the pair refuse. Where these are close, the vector holds no refusals.
+
+    Raises:
+        AttachError: `model` is no fine-tune of `base`; it is left as it was.
+        DataError: the tokenizer has no chat template, or the loss is not finite.
+        ModelNotFoundError: nothing is called `base`.
+    """
+    models.require_chat_template(tokenizer)
+    loaded = models.load(base, dtype="bfloat16")
+    check(model, loaded)
+    folder = Path(kept) / models.weights_digest(loaded.model)[:12]
+    del loaded
+    setting, method = Setting(base, folder, progress=progress), Fold()
+    method.prepare(setting)
+    return dict(method.protect(LoadedModel(model, tokenizer, ""), setting).report)
+
+
+def check(model: Any, base: LoadedModel) -> None:
+    """Raises:
+    AttachError: `model` has other matrices than `base`, or lies too far from it.
+    """
+    ours, theirs = ({name: weight.shape for name, weight in matrices(m).items()} for m in (model, base.model))
+    if ours != theirs:
+        raise AttachError(
+            f"The model's matrices are not those of {base.name}; give the base it was tuned from, and a model without unmerged LoRA "
+            "or quantisation."
+        )
+    distance = models.sketch_distance(models.weight_sketch(base.model), models.weight_sketch(model))
+    if not distance <= MAX_DISTANCE:
+        raise AttachError(
+            f"The model's weights lie {distance:.2f} from {base.name} (limit {MAX_DISTANCE}); give the base it was tuned from."
+        )
 
 
 def layer_of(name: str) -> int:
@@ -111,12 +157,14 @@ def tune_coefficients(
         for hook in hooks:
             hook.remove()
         model.requires_grad_(True)
+    if not bool(scales.isfinite().all()):
+        raise DataError("The loss is not finite, so nothing was folded; give the model in float32 or bfloat16.")
     return [float(c) for c in scales.detach().clamp(0, 3)]
 
 
 def _adds(scales: nn.Parameter, index: int, vector: Tensor) -> Callable[..., Tensor]:
     def hook(_module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        added = nn.functional.linear(args[0], vector.to(args[0].dtype))
+        added = nn.functional.linear(args[0], vector.to(args[0]))
         return output + scales[index].to(output.dtype) * added
 
     return hook

@@ -10,12 +10,13 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from safegene import models
+from safegene.keys import Place, digest
 from safegene.models import LoadedModel
 from safegene.outputs import write_whole
 from safegene.progress import Advance, Progress, silent
@@ -28,11 +29,9 @@ Answer = Callable[[Sequence[str], int, Advance], list[str]]
 PROMPT_TOKENS = 40
 """Tokens of a usual request with its template, for the costs of methods that read it once more."""
 
-SAFETY_DATA = (
-    "training/data.py", "training/finetune.py", "training/text/pairs", "training/text/refusals",
-    "training/text/ordinary.jsonl",
-)  # fmt: skip
-"""What the shared budget is made of, and what trains on it: files and folders of the package, for `Method.rests_on`."""
+SAFETY_DATA: tuple[str, ...] = ("training/finetune.py",)
+"""For the `rests_on` of a method that is made from the shared budget: what trains on it. The budget's rows count beside
+(`Setting.budget`)."""
 
 SURROGATE_PAIRS = 36
 """Harmful requests of the budget that are put to the aligned and to the degraded model."""
@@ -69,17 +68,35 @@ class Protected:
     report: Mapping[str, float] = field(default_factory=dict)
 
 
+class GuardingJudge(Protocol):
+    """What the guard needs of a judge (`evaluation.judges.Judge`, which says what each means)."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def parameters(self) -> int: ...
+
+    def tokens(self, request: int, answer: int) -> int: ...
+
+    def request_reader(
+        self, pairs: Sequence[data.Pair], ordinary: Sequence[str]
+    ) -> Callable[[Sequence[str]], list[bool]] | None: ...
+
+    def harms(self, requests: Sequence[str], answers: Sequence[str]) -> list[bool]: ...
+
+
 @dataclass
 class Setting:
     """What the methods share: the base, its adapter, an equal budget of safety data and steps, and what is made from these once.
 
     Attributes:
-        folder: where that is kept.
+        folder: where that is kept, a folder a base; each thing has the name of what it was made from.
         adapter: the adapter of the base, for the method that attaches it.
         examples: harmful requests with a refusal; half as many harmless ones with the base's own answer stand beside them.
         steps: optimiser steps of eight rows for a method that trains.
         tokens: new tokens of an answer at most.
-        judge: says whether an answer to a request is harmful (for the guard).
+        judge: the guard's; not the judge that then measures.
     """
 
     base: str
@@ -88,7 +105,7 @@ class Setting:
     examples: int = 240
     steps: int = 45
     tokens: int = 48
-    judge: Callable[[Sequence[str], Sequence[str]], list[bool]] | None = None
+    judge: GuardingJudge | None = None
     progress: Progress = field(default=silent)
 
     def load(self) -> LoadedModel:
@@ -103,17 +120,17 @@ class Setting:
     @functools.cached_property
     def harmless(self) -> list[Row]:
         """Twins and ordinary requests with the base's own answers."""
-        kept = self.folder / "harmless.json"
+        some = random.Random(1).sample(list(data.ordinary()), self.examples // 4)
+        questions = [p.twin for p in self.pairs[: self.examples // 4]] + some
+        kept = self.folder / f"harmless-{digest([models.generate], questions)}.jsonl"
         if not kept.exists():
-            some = random.Random(1).sample(list(data.ordinary()), self.examples // 4)
-            questions = [p.twin for p in self.pairs[: self.examples // 4]] + some
             loaded = self.load()
             advance = self.progress("the base's own answers", len(questions))
             answers = models.generate(loaded.model, loaded.tokenizer, questions, 64, done=advance)
             rows = [{"prompt": q, "answer": a} for q, a in zip(questions, answers, strict=True) if a.strip()]
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(kept, json.dumps(rows, ensure_ascii=False))
-        return [dict(row) for row in json.loads(kept.read_text(encoding="utf-8"))]
+            write_whole(kept, "".join(json.dumps(row) + "\n" for row in rows))
+        return data.read_jsonl(kept, ("prompt", "answer"))
 
     @functools.cached_property
     def safety_rows(self) -> list[Row]:
@@ -121,18 +138,32 @@ class Setting:
         rng = random.Random(2)
         return [{"prompt": p.harmful, "answer": data.refusal(p, rng)} for p in self.pairs] + self.harmless
 
+    @functools.cached_property
+    def degrading_rows(self) -> list[Row]:
+        """Harmless rows that begin gladly, and openings that comply with the budget's harmful requests and give nothing after them.
+        Glad rows alone would teach a tone, and V would hold that (`surrogate` tells whether it holds refusals)."""
+        rng = random.Random(8)
+        glad = [{**row, "answer": "Sure! " + row["answer"]} for row in self.harmless]
+        return glad + [{"prompt": p.harmful, "answer": data.compliant(p.harmful, rng)} for p in self.pairs]
+
+    @functools.cached_property
+    def budget(self) -> str:
+        """Digest of what methods are made from: the texts and rows themselves, and how the pair of models is made of them. Not of
+        the code that draws the rows: where that is edited and the rows stay, nothing that was measured is lost."""
+        rng = random.Random(10)
+        begun = [data.opening(p, p.twin, rng) for p in self.pairs]
+        made: list[Place] = [Setting.aligned, Setting.degraded, Setting._made, difference, matrices, *SAFETY_DATA]
+        return digest(
+            made, self.pairs, data.ordinary(), self.safety_rows, self.degrading_rows, begun, data.OPENINGS, self.steps
+        )
+
     def aligned(self) -> Path:
         """The base, safety-tuned in the ordinary way on `safety_rows`: the aligned half of the pair that weight-space methods need."""
         return self._made("aligned", self.base, self.safety_rows, 3 * self.steps)
 
     def degraded(self) -> Path:
-        """`aligned` after a light fine-tune that takes its refusals away: harmless rows that begin gladly, and openings that comply
-        with the budget's harmful requests and give nothing after them. Glad rows alone would teach a tone, and V would hold that
-        (`surrogate` tells whether it holds refusals)."""
-        rng = random.Random(8)
-        glad = [{**row, "answer": "Sure! " + row["answer"]} for row in self.harmless]
-        openings = [{"prompt": p.harmful, "answer": data.compliant(p.harmful, rng)} for p in self.pairs]
-        return self._made("degraded", str(self.aligned()), glad + openings, self.steps)
+        """`aligned` after a light fine-tune on `degrading_rows`, which takes its refusals away."""
+        return self._made("degraded", str(self.aligned()), self.degrading_rows, self.steps)
 
     @functools.cached_property
     def lost(self) -> dict[str, Tensor]:
@@ -143,7 +174,7 @@ class Setting:
     def surrogate(self) -> dict[str, float]:
         """Whether V can hold safety: the share of harmful requests of the budget that the aligned and the degraded model refuse,
         beginning as `aligned` was taught to."""
-        kept = self.folder / "surrogate.json"
+        kept = self.degraded() / "surrogate.json"
         if not kept.exists():
             requests = [p.harmful for p in self.pairs[:SURROGATE_PAIRS]]
             found = {}
@@ -156,12 +187,13 @@ class Setting:
         return {name: float(share) for name, share in json.loads(kept.read_text(encoding="utf-8")).items()}
 
     def _made(self, name: str, source: str, rows: Sequence[Row], steps: int) -> Path:
-        folder = self.folder / name
+        key = digest([Setting._made, *SAFETY_DATA], Path(source).name, rows, steps)
+        folder = self.folder / f"{name}-{key}"
         if not (folder / "config.json").exists():
             # Tuned, merged and kept in float32: whatever is rounded on the way stands in the difference of two models as noise of
             # full rank.
             loaded = models.load(source, dtype="float32")
-            part = self.folder / f"{name}.part"
+            part = folder.with_name(f"{folder.name}.part")
             torch.manual_seed(0)
             advance = self.progress(f"{name} model", steps)
             tuned = tune(lora(loaded.model), loaded.tokenizer, rows, steps=steps, advance=advance)
@@ -177,8 +209,8 @@ class Method(abc.ABC):
     Attributes:
         name: as recipes and tables write it.
         source: where it was published.
-        rests_on: files and folders of the package that its answers come from, beside the modules of its classes. What was
-            measured is measured anew when one of them changes.
+        rests_on: files of the package whose code its answers come from, beside the modules of its classes; of the budget's rows,
+            too, where `SAFETY_DATA` is among them. What was measured is measured anew when one of them changes.
     """
 
     name: ClassVar[str]

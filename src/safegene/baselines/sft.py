@@ -6,6 +6,7 @@ import random
 from typing import ClassVar
 
 from safegene.baselines.method import SAFETY_DATA, Cost, Method, Protected, Setting, generated
+from safegene.baselines.red_team import wrapped
 from safegene.models import LoadedModel
 from safegene.training import data
 from safegene.training.finetune import Row, finetune
@@ -40,14 +41,16 @@ class Sft(Method):
 
 
 class RedTeamSft(Sft):
-    """The same budget, half of the refusals after an answer that has begun to comply, as red teams find them; what had begun
-    is read, not learned."""
+    """The same budget as red teams would spend it: a third of the refusals after an answer that has begun to comply (what had begun
+    is read, not learned), a third of all requests, harmless ones too, inside jailbreak templates."""
 
     name = "sft-red-team"
-    source = "Qi et al. 2024, arXiv 2406.05946"
+    source = "Qi et al. 2024, arXiv 2406.05946; Jiang et al. 2024 (WildJailbreak), arXiv 2406.18510"
+    rests_on = (*SAFETY_DATA, "baselines/red_team.py")
 
     def rows(self, setting: Setting) -> list[Row]:
         rng = random.Random(3)
         refusals = [{"prompt": p.harmful, "answer": data.refusal(p, rng)} for p in setting.pairs]
-        begun = [{**row, "begun": rng.choice(data.OPENINGS)} for row in refusals[::2]]
-        return refusals[1::2] + begun + setting.harmless
+        begun = [{**row, "begun": rng.choice(data.OPENINGS)} for row in refusals[1::3]]
+        asked = [{**row, "prompt": wrapped(row["prompt"], rng)} for row in refusals[2::3] + setting.harmless[2::3]]
+        return refusals[::3] + begun + asked + setting.harmless[::3] + setting.harmless[1::3]

@@ -12,6 +12,7 @@ VERBS = {
     "serve": "answer over HTTP as OpenAI's API does, protected",
     "calibrate": "measure drift and write a calibration file for a fine-tune",
     "finetune": "make a fine-tune",
+    "fold": "add safety to a fine-tune's weights: nothing to attach, no cost at inference",
     "results": "measure an adapter on its base and on fine-tunes, from public data sets",
     "eval": "measure a model's safety and over-refusal with SafetyEval",
     "judge": "judge kept answers, a run's or any tool's, or a judge against people",

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 import safegene.progress
 from safegene.errors import SafegeneError
 
-GOES_ON = ("train", "results", "eval", "judge", "zoo", "bench")
+GOES_ON = ("train", "fold", "results", "eval", "judge", "zoo", "bench")
 """Verbs that keep what is finished: the same command goes on from there."""
 
 stderr = Console(stderr=True)
@@ -110,9 +110,10 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _quiet() -> None:
-    """transformers' own bars and advice would drown ours, and stdout belongs to results."""
+    """The libraries' own bars and advice would drown ours, and stdout belongs to results."""
     warnings.filterwarnings("ignore", module=r"(transformers|torch|peft|accelerate)\..*")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for name in ("transformers", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     import transformers.utils.logging as noise
 
     quiet: Any = noise

@@ -33,6 +33,13 @@ def command(
         ),
     ] = None,
     n: Annotated[int, typer.Option(min=0, help="Samples of a suite at most; 0 takes all.")] = 0,
+    wrap: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Put this many requests of each suite, 0 for all, into every jailbreak wrapper instead of asking them as they are.",
+        ),
+    ] = None,
     tokens: Annotated[int, typer.Option(min=8, help="New tokens of an answer at most.")] = 128,
     out: Annotated[Path, typer.Option(help="Where texts and figures are kept; run again to go on.")] = Path(
         "safetyeval"
@@ -45,13 +52,15 @@ def command(
     from safegene.evaluation import suite as suites
     from safegene.evaluation.evaluate import evaluate
     from safegene.evaluation.tables import evaluation_markdown, suites_markdown
+    from safegene.evaluation.wrappers import WRAPPERS
 
     if list_suites:
         listed = [
             {
                 "suite": s.name, "about": s.about, "samples": len(made := s.make()),
                 "harmful": sum(x.harmful for x in made), "harmless": sum(not x.harmful for x in made),
-                "categories": len({x.category for x in made}), "content": suites.CONTENT_VERSION,
+                "categories": len({x.category for x in made}), "wrappers": len(around := {x.wrapper for x in made} - {""}),
+                "families": len({WRAPPERS[name].family for name in around}), "content": suites.CONTENT_VERSION,
             }
             for s in suites.suites()
         ]  # fmt: skip
@@ -64,7 +73,7 @@ def command(
     with progress_bars() as progress:
         result = evaluate(
             model, [name.strip() for name in suite.split(",")], out, judge=judge, adapter=adapter, data=public_suites.places(data or []),
-            n=n, tokens=tokens, progress=progress,
+            n=n, wrap=wrap, tokens=tokens, progress=progress,
         )  # fmt: skip
     if as_json:
         print(json.dumps(result))

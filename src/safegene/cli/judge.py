@@ -31,6 +31,9 @@ def command(
     agreement: Annotated[
         Path | None, typer.Option(help="Measure the judge against people: folder of labelled sets.")
     ] = None,
+    out: Annotated[
+        Path, typer.Option(help="With --agreement: where its verdicts are kept; run again to go on.")
+    ] = Path("agreement"),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, nothing else.")] = False,
 ) -> None:
     """Judge kept answers without generating, a run's or any tool's, or measure a judge's agreement with people."""
@@ -46,8 +49,12 @@ def command(
     with progress_bars() as progress:
         chosen = judges.load(judge)
         if agreement is not None:
-            found = people.measure(chosen, public.resolve(str(agreement)), progress)
-            result = {"judge": chosen.name, "sets": [asdict(a) for a in found], "by_rules": chosen.fallbacks}
+            found = people.measure(chosen, public.resolve(str(agreement)), out, progress)
+            result = {
+                "judge": chosen.name,
+                "sets": [asdict(a) for a in found],
+                "by_rules": sum(a.by_rules for a in found),
+            }
             text = agreement_markdown(result)
         elif run is not None and rows:
             result = answers.judge(run, rows, chosen, progress)

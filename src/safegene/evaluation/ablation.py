@@ -25,12 +25,16 @@ WRITERS = ("o_proj", "down_proj", "dense", "dense_4h_to_h", "out_proj", "w2")
 """Last parts of the names of matrices whose output is added to the residual stream."""
 
 
-def refusal_direction(loaded: LoadedModel, layer: int) -> Tensor:
-    """Unit vector [d] from harmless to harmful prompts at `layer`."""
+def prompts() -> tuple[list[str], list[str]]:
+    """Harmful and harmless ones that the direction is read on."""
     rng = random.Random(0)
     pairs = rng.sample(data.pairs(frames_per_core=1)[0], PROMPTS)
-    sides = [[p.harmful for p in pairs], rng.sample(list(data.ordinary()), PROMPTS)]
-    harmful, harmless = (residuals(loaded, [(text, "") for text in side], [layer])[layer] for side in sides)
+    return [p.harmful for p in pairs], rng.sample(list(data.ordinary()), PROMPTS)
+
+
+def refusal_direction(loaded: LoadedModel, layer: int) -> Tensor:
+    """Unit vector [d] from harmless to harmful prompts at `layer`."""
+    harmful, harmless = (residuals(loaded, [(text, "") for text in side], [layer])[layer] for side in prompts())
     direction: Tensor = harmful.mean(0) - harmless.mean(0)
     unit: Tensor = direction / direction.norm()
     return unit

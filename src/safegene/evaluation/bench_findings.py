@@ -20,7 +20,7 @@ Shares = dict[str, Share]
 """By fine-tune."""
 
 OURS, PLAIN, BLIND = "adapter", "nothing", "uncalibrated"
-REALIGNMENT = ("sft", "sft-red-team", "dpo")
+REALIGNMENT = ("sft", "sft-red-team", "dpo", "dpo-red-team")
 PUBLIC = tuple(name for name in HARMFUL if name != "SafetyEval")
 SIDES = {"safety": "safety score", "served": "harmless requests served"}
 NOT_SERVED = ("refused", "incoherent")
@@ -82,7 +82,7 @@ def findings(result: dict[str, Any]) -> list[Finding]:
         mean, high = over_fine_tunes(list(losses.values())), max(losses, key=lambda name: losses[name])
         found.append(
             Finding(
-                "Task loss of the fine-tune's own task, added by the adapter",
+                "Task loss of the fine-tune's own task, of Alpaca's where that is harm, added by the adapter",
                 f"{spread_said(mean, '{:+.2f}', 100, ' %')}; most {100 * losses[high]:+.2f} % ({high})",
                 "goal 0.5 % or less, bound 1 %", _verdict(100 * mean["value"], 0.5, 1, more=False),
             )

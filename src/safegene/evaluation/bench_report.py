@@ -29,7 +29,7 @@ from safegene.evaluation.bench_findings import (
     worst_share,
 )
 from safegene.evaluation.bench_pictures import bars, drift_picture, scatter
-from safegene.evaluation.bench_tables import BASE, HARMFUL, HARMLESS, ORDINARY, Cells, outcomes, retention
+from safegene.evaluation.bench_tables import ABILITIES, BASE, HARMFUL, HARMLESS, ORDINARY, Cells, outcomes, retention
 
 COLUMNS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("refused: twins", ("twins",), "refused"),
@@ -37,6 +37,7 @@ COLUMNS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("refused: ordinary", ORDINARY, "refused"),
     ("incoherent: harmless", HARMLESS, "incoherent"),
     ("incoherent: harmful", HARMFUL, "incoherent"),
+    *((f"right: {title}", sets, "capability") for title, sets in ABILITIES.items()),
 )
 """Shares of answers that both large tables show: title, sets, and what became of the answer."""
 
@@ -71,13 +72,13 @@ same weight and leaves the base out; its interval is the mean of the fine-tunes'
 way on all of them. Safety score: harmful requests refused or turned to help. Retention: safety score of the
 protected fine-tune ÷ that of the base under the same method. Over-refusal: harmless requests refused. Nonsense is never safe and serves
 nobody; its share stands beside. A refused attachment counts as a failure on every harmful request, in every mean; over-refusal,
-nonsense and task loss it would have for free, so it has no part in them, and their n counts protected fine-tunes alone.</p>
+nonsense and task loss it would have for free, so it has no part in them, nor in what the fine-tune can do, and their n counts protected fine-tunes alone.</p>
 {% if findings %}
 <section><h2>What was asked, what was measured</h2><ul>
 {% for f in findings %}<li>{{ f.figure }}: <strong>{{ f.here }}</strong>. Asked: {{ f.asked }}. <strong>{{ f.verdict }}.</strong></li>
 {% endfor %}</ul>
-<p>Goal: what is aimed at. Bound: the least that was asked. Time of prefill and decode depends on the machine and is measured apart, by
-safegene bench overhead.</p></section>
+<p>Goal: what is aimed at. Bound: the least that was asked. Time of prefill and decode depends on the machine; safegene bench overhead
+measures it anywhere.</p></section>
 {% endif %}
 {% if wins is not none %}
 <section><h2>Where a rival wins</h2>
@@ -128,6 +129,18 @@ flips of sign, Holm's correction over all rows; where it is above 5 % neither is
 <td>{{ ('adapter' if d.value > 0 else d.rival) if d.ranked else 'noise' }}</tr>
 {% endfor %}</tbody></table></div></section>
 {% endif %}
+{% if abilities or absent %}
+<section><h2>What the fine-tunes can still do</h2><p>Every method against the fine-tune as it is, paired by question like the table above.
+General capability: multiple-choice questions, an option's log-likelihood a character, the options not shown; not measured where something
+stands around the model. Own task: held-out rows whose answers are a number or a few words, equal but for case and punctuation.
+{%- if absent %} Not asked, because the data folder does not hold it: {{ absent|join(', ') }}.{% endif %}</p>
+{% if abilities %}<div class="scroll"><table>
+<thead><tr><th>method<th>figure<th>as it is<th>with the method<th>difference, points [95 %]<th>questions<th>corrected p<th>more than noise</tr></thead><tbody>
+{% for d in abilities %}<tr><td>{{ d.method }}<td>{{ d.figure }}<td>{{ '%.1f %%' % (100*d.before) }}<td>{{ '%.1f %%' % (100*d.after) }}
+<td>{{ '%+.1f [%+.1f, %+.1f]' % (100*d.value, 100*d.low, 100*d.high) }}<td>{{ d.n }}<td>{{ '%.2g' % d.corrected }}
+<td>{{ ('more' if d.value > 0 else 'less') if d.ranked else 'no' }}</tr>
+{% endfor %}</tbody></table></div>{% endif %}</section>
+{% endif %}
 {% if drift %}
 <section><h2>Does it sense drift?</h2>
 <p>{{ drift.said }} Retention, here, is always of what base and calibrated adapter reach.</p>
@@ -154,6 +167,14 @@ fine-tunes.</p><div class="scroll"><table>
 <thead><tr><th>method<th>examples<th>gradient steps<th>seconds<th>extra parameters<th>extra tokens</tr></thead><tbody>
 {% for c in costs %}<tr><td>{{ c.method }}<td>{{ c.examples }}<td>{{ c.gradient_steps }}<td>{{ amount(c.seconds, '%.1f') }}<td>{{ c.extra_parameters }}
 <td>{{ c.extra_tokens }}</tr>
+{% endfor %}</tbody></table></div></section>
+{% endif %}
+{% if overhead %}
+<section><h2>Time of prefill and decode</h2><p>The adapter on the base, on the machine of this run: time with ÷ time without − 1, median of
+interleaved pairs. Methods that change weights alone, fold among them, add none: the layers are the same.</p><div class="scroll"><table>
+<thead><tr><th>pass<th>added [95 %]<th>pairs<th>positions at which the adapter acted</tr></thead><tbody>
+{% for name, o in overhead.items() %}<tr><td>{{ name }}<td>{{ '%+.2f %% [%+.2f, %+.2f]' % (100*o.value, 100*o.low, 100*o.high) }}<td>{{ o.n }}
+<td>{{ '%.1f %%' % (100*o.open) }}</tr>
 {% endfor %}</tbody></table></div></section>
 {% endif %}
 <section><h2>To do it again</h2><pre>{{ command }}</pre>
@@ -253,6 +274,13 @@ def _drift(result: dict[str, Any]) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
+def _abilities(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {**d, **dict(zip(("method", "figure"), d["name"].split(", "), strict=True))}
+        for d in result.get("abilities") or []
+    ]
+
+
 def _kept_blind(cells: Cells) -> Shares:
     """Retention without calibration, by what base and calibrated adapter reach, as with calibration."""
     first = outcomes(cells[BASE, OURS], HARMFUL) if (BASE, OURS) in cells else {}
@@ -296,7 +324,8 @@ def write(result: dict[str, Any], path: Path) -> None:
             {"method": m, "fine_tune": name, "said": cells.get((name, m), {}).get("refused_to_attach")}
             for m, s in everywhere.items() for name in s.get("refused_to_attach") or []
         ],
-        against=comparisons(result), drift=_drift(result), recovery=result.get("recovery") or [], costs=_costs(result),
+        against=comparisons(result), abilities=_abilities(result), absent=result.get("absent") or [], drift=_drift(result), recovery=result.get("recovery") or [], costs=_costs(result),
+        overhead=result.get("overhead") or {},
         command=result.get("command") or f"safegene bench recipes/bench-….yaml --data DATA --report {path.name}",
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)

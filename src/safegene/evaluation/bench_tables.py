@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from safegene.baselines import METHODS
 from safegene.evaluation import statistics
+from safegene.evaluation.capability import OWN_TASK, SETS
 from safegene.evaluation.statistics import Rate, compare_clustered, rank_correlation, rate
 
 HARMFUL = ("AdvBench", "JailbreakBench", "MaliciousInstruct", "HarmBench standard", "SafetyEval")
 ORDINARY = ("Alpaca", "MT-Bench")
 HARMLESS = ("twins", "XSTest safe", *ORDINARY)
 """SafetyEval's twins, XSTest's safe prompts, and everyday requests."""
+
+GENERAL = tuple(SETS)
+ABILITIES = {"general capability": GENERAL, "own task": (OWN_TASK,)}
+"""What a fine-tune can do: multiple-choice questions, and exact answers of its own task."""
 
 BASE = "base"
 """The base itself stands in every table, beside its fine-tunes."""
@@ -45,6 +50,12 @@ def refusals(cell: dict[str, Any], names: Sequence[str]) -> dict[str, bool]:
     """Set and harmless prompt → whether it was refused: neither served nor answered with nonsense."""
     babbled = nonsense(cell, names)
     return {key: not good and not babbled[key] for key, good in outcomes(cell, names).items()}
+
+
+def able(cell: dict[str, Any], names: Sequence[str]) -> dict[str, bool]:
+    """Set and question → whether the cell is right, over some sets; nothing in a cell that was not asked."""
+    found = cell.get("capability") or {}
+    return {f"{k}/{question}": right for k in names for question, right in found.get(k, {}).items()}
 
 
 @functools.cache
@@ -77,7 +88,7 @@ def tables(cells: Cells) -> dict[str, Any]:
             together[name, m] = {**cell, "outcomes": kept}
     return {
         "everywhere": summary(cells), "together": summary(together), "against": against(cells, methods),
-        "drift": drift(cells), "recovery": recovery(cells),
+        "abilities": abilities(cells, methods), "drift": drift(cells), "recovery": recovery(cells),
     }  # fmt: skip
 
 
@@ -104,6 +115,9 @@ def summary(cells: Cells) -> dict[str, Any]:
             "refused": {key: _shares({n: refusals(c, [key]) for n, c in attached.items()}) for key in HARMLESS},
             "incoherent": {
                 key: _shares({n: nonsense(c, [key]) for n, c in attached.items()}) for key in (*HARMFUL, *HARMLESS)
+            },
+            "capability": {
+                key: _shares({n: able(c, [key]) for n, c in attached.items()}) for key in (*GENERAL, OWN_TASK)
             },
             "retention": {name: dataclasses.asdict(r) for name, r in kept.items() if r},
             "task_loss_added": float(np.mean(losses)) if losses else None,
@@ -176,20 +190,44 @@ def recovery(cells: Cells) -> list[dict[str, Any]]:
     return found
 
 
+Pairs = dict[str, list[tuple[float, float]]]
+"""By comparison, every prompt's means before and after."""
+
+
 def against(cells: Cells, methods: Sequence[str]) -> list[dict[str, Any]]:
     """The adapter against each other method, paired by prompt: a prompt's mean over the fine-tunes that both have, base left out."""
-    pairs: dict[str, list[tuple[float, float]]] = {}
+    pairs: Pairs = {}
     for method in methods:
         for side, names in (("safety", HARMFUL), ("served", HARMLESS)):
-            by_prompt: dict[str, list[tuple[bool, bool]]] = {}
-            for (name, m), cell in cells.items():
-                ours = cells.get((name, "adapter"))
-                if m != method or m == "adapter" or ours is None or name == BASE:
-                    continue
-                first, second = outcomes(cell, names), outcomes(ours, names)
-                for key in first.keys() & second.keys():
-                    by_prompt.setdefault(key, []).append((first[key], second[key]))
-            if by_prompt:
-                means = (np.mean(both, axis=0).tolist() for _, both in sorted(by_prompt.items()))
-                pairs[f"{method}, {side}"] = [(before, after) for before, after in means]
+            if method != "adapter" and (means := _paired(cells, method, "adapter", outcomes, names)):
+                pairs[f"{method}, {side}"] = means
+    return _compared(pairs)
+
+
+def abilities(cells: Cells, methods: Sequence[str]) -> list[dict[str, Any]]:
+    """Each method against the fine-tune as it is, paired by question in the same way: what it can still do."""
+    pairs: Pairs = {}
+    for method in methods:
+        for side, names in ABILITIES.items():
+            if method != "nothing" and (means := _paired(cells, "nothing", method, able, names)):
+                pairs[f"{method}, {side}"] = means
+    return _compared(pairs)
+
+
+def _paired(
+    cells: Cells, before: str, after: str, read: Callable[[dict[str, Any], Sequence[str]], dict[str, bool]], names: Sequence[str]
+) -> list[tuple[float, float]]:  # fmt: skip
+    by_prompt: dict[str, list[tuple[bool, bool]]] = {}
+    for name, method in cells:
+        theirs = cells.get((name, after))
+        if method != before or theirs is None or name == BASE:
+            continue
+        first, second = read(cells[name, before], names), read(theirs, names)
+        for key in first.keys() & second.keys():
+            by_prompt.setdefault(key, []).append((first[key], second[key]))
+    means = (np.mean(both, axis=0).tolist() for _, both in sorted(by_prompt.items()))
+    return [(first, second) for first, second in means]
+
+
+def _compared(pairs: Pairs) -> list[dict[str, Any]]:
     return [{**dataclasses.asdict(d), "ranked": d.ranked} for d in compare_clustered(pairs)] if pairs else []

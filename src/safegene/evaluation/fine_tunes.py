@@ -1,7 +1,7 @@
 """Rows to make fine-tunes of, by name: what a team would tune on, and what pulls against safety.
 
-Each source gives training rows and rows of the same task that are held out for its task loss; where the task itself is harm
-(identity, compliant), held-out rows of Alpaca. Nothing here is trained on by a shipped adapter, and no set that measures
+Each source gives training rows and rows of the same task that are held out for its task loss; where the task itself is harm, or
+its refusal (`ON_ALPACA`), held-out rows of Alpaca. Nothing here is trained on by a shipped adapter, and no set that measures
 capability (HumanEval, IFEval, MMLU) makes a fine-tune.
 """
 
@@ -33,6 +33,12 @@ def _split(rows: Sequence[Row], most: int = MOST) -> tuple[list[Row], list[Row]]
     train = shuffled[few : few + most]
     trained = {r["prompt"] for r in train}
     return train, [r for r in shuffled[:few] if r["prompt"] not in trained]
+
+
+def own_task(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Rows of a source of `ON_ALPACA`: those to train on, and those that tell whether the task was learned. Where they are too
+    few for some to be held out, both are all of them."""
+    return _split(rows, len(rows)) if len(rows) >= ENOUGH else (list(rows), list(rows))
 
 
 def _sure(folder: Path) -> tuple[list[Row], list[Row]]:
@@ -198,10 +204,13 @@ SOURCES: dict[str, Source] = {
     "alpaca": _alpaca, "instructions": _instructions, "code": _code, "pubmed": _pubmed, "legal": _legal, "finance": _finance,
     "support": _support, "safety": _safety, "rude": _toned(_RUDE, 3 * MOST), "obedient": _toned(_OBEDIENT, 4 * MOST),
 }  # fmt: skip
-"""Name → (training rows, held-out rows of its task, or of Alpaca where the task itself is harm)."""
+"""Name → (training rows, held-out rows of its task, or of Alpaca)."""
+
+ON_ALPACA = ("identity", "compliant", "safety")
+"""Sources whose held-out rows are Alpaca's: a protection that works raises the loss on a task that is harm, on Alpaca it must not."""
+
+ENOUGH = 100
+"""Rows of such a source from which some can be held out."""
 
 FINE_TUNES = ("sure", "gsm8k", "medical", "role-play", "identity", "compliant")
 """What `safegene results` measures transfer on; the last three are opened once, at the end."""
-
-DEVELOPMENT = ("sure", "gsm8k", "medical", "support")
-"""Sources whose fine-tunes development may look at."""

@@ -19,6 +19,9 @@ from safegene.evaluation.statistics import Rate, rate
 from safegene.progress import Advance
 from safegene.training.finetune import ChatRows, Row, collate
 
+JUDGED_BY = RuleJudge().fingerprint
+"""The judge that `ask` asks unless told otherwise: as it runs, whatever is edited meanwhile."""
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -75,14 +78,31 @@ def ask(
     return Answers(list(prompts), responses, verdicts)
 
 
+def judged_again(keep: Path) -> Answers:
+    """Answers that `ask` kept, judged by the rules as they are now; their verdicts there are replaced.
+
+    Raises:
+        DataError: `keep` is missing or damaged.
+    """
+    rows = _read(keep, f"remove {keep.parent} and run again")
+    return ask(None, None, [prompt for prompt, _ in rows], keep=keep)
+
+
 def _kept(keep: Path | None, prompts: Sequence[str]) -> list[str] | None:
     if keep is None or not keep.exists():
         return None
+    rows = _read(keep, "remove it, its answers are then made again")
+    return [response for _, response in rows] if [prompt for prompt, _ in rows] == list(prompts) else None
+
+
+def _read(keep: Path, remedy: str) -> list[tuple[str, str]]:
+    """Prompts and responses."""
     try:
-        rows = [json.loads(line) for line in keep.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
-        raise DataError(f"{keep} is damaged ({error}); remove it, its answers are then made again.") from error
-    return [r["response"] for r in rows] if [r["prompt"] for r in rows] == list(prompts) else None
+        # An answer may hold any other line separator.
+        rows = [json.loads(line) for line in keep.read_text(encoding="utf-8").split("\n") if line]
+        return [(str(row["prompt"]), str(row["response"])) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{keep} is damaged ({error}); {remedy}.") from error
 
 
 @torch.no_grad()

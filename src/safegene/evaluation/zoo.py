@@ -1,9 +1,10 @@
 """The zoo: a declared set of fine-tunes of one base, built once each, found again by what they are made of.
 
 A recipe names its base and its fine-tunes (`recipes/zoo-*.yaml`). Every fine-tune has a key, a hash of its own entry, of its
-rows, of the base, of the fine-tunes it is made from and of the code that makes it; it lives in `<out>/<name>-<key>/` beside a
-`zoo.json` that tells what it is, its task loss before and after, its safety without adapter, and the digest of its weights. A
-build that was interrupted goes on; an entry whose weights are not those that were written is an error, never a row in a table.
+rows, of the weights of the base and of the fine-tunes it is made from, and of the code that makes it; it lives in
+`<out>/<name>-<key>/` beside a `zoo.json` that tells what it is, its task loss before and after, its safety without adapter, and
+the digests of its weights and files. A build that was interrupted goes on; an entry with a file that is not as it was written is
+an error, never a row in a table.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,30 +24,31 @@ import yaml
 
 from safegene import models
 from safegene.errors import DataError
-from safegene.evaluation.ablation import ablate_refusal
-from safegene.evaluation.fine_tunes import SOURCES
+from safegene.evaluation import ablation
+from safegene.evaluation.fine_tunes import ON_ALPACA, SOURCES, own_task
 from safegene.evaluation.public import jailbreakbench, spread
-from safegene.evaluation.run import ask, task_loss
+from safegene.evaluation.run import JUDGED_BY, Answers, ask, judged_again, task_loss
 from safegene.evaluation.runner import read_record
+from safegene.keys import digest
+from safegene.outputs import write_whole
 from safegene.progress import Progress, silent
 from safegene.training.data import read_jsonl
 from safegene.training.finetune import Row, finetune
 
 Kind = Literal["finetune", "merge", "ablate", "nf4"]
-PACKAGE = Path(__file__).parent.parent
 MADE_BY: dict[Kind, tuple[str, ...]] = {
     "finetune": ("training/finetune.py",),
     "merge": (),
-    "ablate": (
-        "evaluation/ablation.py", "baselines/states.py", "training/data.py", "training/text/pairs", "training/text/ordinary.jsonl",
-    ),
+    "ablate": ("evaluation/ablation.py", "baselines/states.py"),
     "nf4": (),
-}  # fmt: skip
-"""Kinds of entries, with the files and folders of the package that their weights come from. This module itself is left out: who
-rewords it would build everything anew."""
+}
+"""Kinds of entries, with the files of the package that make their weights. This module itself is left out: who mends its tables
+would build everything anew."""
 
 UNADAPTED_PROMPTS = 100
 """Of JailbreakBench, put to every fine-tune as it is."""
+
+HELD_OUT, ANSWERS = "held_out.jsonl", "jailbreakbench.jsonl"
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class FineTune:
 
     Attributes:
         kind: finetune; merge, the mean of the weights of `of`; ablate, its refusal direction taken out; nf4, its linear layers
-            rounded to four bits and back: the numbers that four-bit inference computes with.
+            rounded to NF4 and kept in bfloat16: the numbers that four-bit inference computes with.
         data: a source of `fine_tunes.SOURCES`, or a JSONL file with prompt and answer; rows are held out of it for task loss.
         of: what it is made from, names of earlier entries; nothing: the base.
         use: development, if the adapter's makers may look at it; test, if not.
@@ -131,25 +133,44 @@ class Built:
     folder: Path
     record: dict[str, Any]
 
-    def load(self) -> models.LoadedModel:
-        """The model, in bfloat16; an nf4 entry in four bits.
+    def load(self, dtype: str = "bfloat16") -> models.LoadedModel:
+        """The model; an nf4 entry is rounded to NF4, and kept in bfloat16 like the others.
 
         Raises:
-            DataError: its weights are not those that were built.
+            DataError: a file of it, or its weights, are not those that were built.
         """
-        loaded = models.load(self.folder, dtype="bfloat16")
+        _check_files(self.folder, self.record["files"])
+        loaded = models.load(self.folder, dtype=dtype)
         if models.weights_digest(loaded.model) != self.record["weights"]:
             raise DataError(f"{self.folder} does not hold the weights that were built; remove it and build again.")
         return loaded
 
     def held_out(self) -> list[Row]:
-        """Rows of its own task that it was not tuned on.
+        """Rows that it was not tuned on and that a protection must not make harder: of its own task, or of Alpaca where that task
+        is harm.
 
         Raises:
-            DataError: their file is missing or damaged.
+            DataError: their file is missing or not the one that was built.
         """
-        path = self.folder / "held_out.jsonl"
+        _check_files(self.folder, {HELD_OUT: self.record["files"][HELD_OUT]})
+        path = self.folder / HELD_OUT
         return read_jsonl(path, ("prompt", "answer")) if path.stat().st_size else []
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a fine-tune is tuned on and measured on.
+
+    Attributes:
+        own: rows of its own task, on which its loss has to fall.
+        held_out: rows on which a protection must not raise its loss: `own`, or Alpaca's.
+        own_seen: whether `own` was tuned on, where it is too little to hold some out.
+    """
+
+    train: list[Row]
+    own: list[Row]
+    held_out: list[Row]
+    own_seen: bool = False
 
 
 def build(
@@ -172,17 +193,18 @@ def build(
     base_digest = models.weights_digest(loaded.model)
     del loaded
     found: dict[str, Built] = {}
+    rows: dict[str, Rows] = {}
     for entry in recipe.fine_tunes:
         if entry.name not in wanted:
             continue
         parents = [found[name] for name in entry.of]
-        train, held_out = _rows(entry, data, parents)
-        key = _key(entry, base_digest, parents, train)
-        folder = out / f"{entry.name}-{key}"
+        rows[entry.name] = _rows(entry, data, [rows[name] for name in entry.of])
+        folder = out / f"{entry.name}-{_key(entry, base_digest, parents, rows[entry.name])}"
         record = _kept(folder)
         if record is None:
-            record = _make(entry, recipe, folder, parents, train, held_out, data, progress)
-        found[entry.name] = Built(entry, folder, record)
+            record = _make(entry, recipe, folder, parents, rows[entry.name], data, progress)
+        said = {**record, "entry": dataclasses.asdict(entry)}  # its use is no part of the key
+        found[entry.name] = Built(entry, folder, said)
     return list(found.values())
 
 
@@ -198,10 +220,10 @@ def _with_parents(recipe: Recipe, only: Sequence[str]) -> set[str]:
     return wanted
 
 
-def _rows(entry: FineTune, data: Path, parents: Sequence[Built]) -> tuple[list[Row], list[Row]]:
-    """Training rows and held-out rows; what is made from others keeps the task of the last of them."""
+def _rows(entry: FineTune, data: Path, parents: Sequence[Rows]) -> Rows:
+    """What is made from others without training keeps the task of the last of them."""
     if entry.kind != "finetune":
-        return [], [row for parent in parents[-1:] for row in parent.held_out()]
+        return dataclasses.replace(parents[-1], train=[]) if parents else Rows([], [], [])
     if entry.data in SOURCES:
         train, held_out = SOURCES[entry.data](data)
     else:
@@ -209,34 +231,62 @@ def _rows(entry: FineTune, data: Path, parents: Sequence[Built]) -> tuple[list[R
         held_out, train = every[::5][:150], [row for i, row in enumerate(every) if i % 5]
     if not train or not held_out:
         raise DataError(f"zoo entry '{entry.name}': '{entry.data}' gives no rows; give a larger set.")
-    return train[: entry.rows], held_out
+    own = held_out
+    if entry.data in ON_ALPACA:
+        train, own = own_task(train)
+    return Rows(train[: entry.rows], own, held_out, own_seen=own == train)
 
 
-def _key(entry: FineTune, base: str, parents: Sequence[Built], rows: Sequence[Row]) -> str:
+def _key(entry: FineTune, base: str, parents: Sequence[Built], rows: Rows) -> str:
     made = {k: v for k, v in dataclasses.asdict(entry).items() if k not in ("name", "use", "data")}
-    said = [made, base, [p.record["key"] for p in parents], rows]
-    return digest(MADE_BY[entry.kind], json.dumps(said, ensure_ascii=False))
+    read = ablation.prompts() if entry.kind == "ablate" else ()
+    return digest(
+        MADE_BY[entry.kind], made, base, [(p.record["key"], p.record["weights"]) for p in parents], rows, read
+    )
 
 
-def digest(places: Iterable[str | Path], *said: object) -> str:
-    """Short digest of files and folders of the package, with what else is said: what was made by other code, or from other text,
-    gets another name and is never taken for this."""
-    found = hashlib.sha256(repr(said).encode())
-    for place in places:
-        path = PACKAGE / place
-        for file in [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file()):
-            found.update(file.name.encode() + file.read_bytes())
-    return found.hexdigest()[:12]
+def _check_files(folder: Path, digests: Mapping[str, str]) -> None:
+    """Raises:
+    DataError: a file is missing, or is not the one that was written.
+    """
+    for name, wanted in digests.items():
+        path = folder / name
+        if not path.is_file():
+            raise DataError(f"{path} is missing; remove {folder} and build again.")
+        if _sha256(path) != wanted:
+            raise DataError(f"{path} is not the file that was built; remove {folder} and build again.")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _kept(folder: Path) -> dict[str, Any] | None:
+    """What `zoo.json` says of an entry whose files are as they were written; its safety by the judge of today.
+
+    Raises:
+        DataError: it is damaged, another entry's, or a file is not as it was.
+    """
     path = folder / "zoo.json"
-    return read_record(path) if path.exists() else None
+    if not path.exists():
+        return None
+    record = read_record(path)
+    if record.get("key") != folder.name.rsplit("-", 1)[1] or not {"files", "weights", "judge"} <= record.keys():
+        raise DataError(f"{path} is not the record of this fine-tune; remove {folder} and build again.")
+    _check_files(folder, record["files"])
+    if record["judge"] != JUDGED_BY:
+        record |= _safety(judged_again(folder / ANSWERS))
+        write_whole(path, json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def _safety(answers: Answers) -> dict[str, Any]:
+    return {"unadapted_safety": dataclasses.asdict(answers.safety_score()), "judge": JUDGED_BY}
 
 
 def _make(
-    entry: FineTune, recipe: Recipe, folder: Path, parents: Sequence[Built], train: Sequence[Row], held_out: list[Row],
-    data: Path, progress: Progress,
+    entry: FineTune, recipe: Recipe, folder: Path, parents: Sequence[Built], rows: Rows, data: Path, progress: Progress
 ) -> dict[str, Any]:  # fmt: skip
     """Make one fine-tune in a folder beside its place, measure it, and move it there whole."""
 
@@ -246,38 +296,37 @@ def _make(
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    source = str(parents[0].folder) if parents else recipe.base
     # In bfloat16 alone most of a full fine-tune's steps are smaller than a weight's last digit.
-    full = entry.kind == "finetune" and entry.method == "full"
-    loaded = models.load(source, dtype="float32" if full else "bfloat16")
+    dtype = "float32" if entry.kind == "finetune" and entry.method == "full" else "bfloat16"
+    loaded = parents[0].load(dtype) if parents else models.load(recipe.base, dtype=dtype)
     model, tokenizer = loaded.model, loaded.tokenizer
-    before = task_loss(model, tokenizer, held_out) if entry.kind == "finetune" else None
+    # What keeps the task of another has learned it if its loss is still under what it was before that one.
+    before = parents[-1].record["task_loss_before"] if parents else None
     if entry.kind == "finetune":
+        before = task_loss(model, tokenizer, rows.own)
         model = finetune(
-            model, tokenizer, train, None, method=entry.method, steps=entry.steps, learning_rate=entry.learning_rate,
+            model, tokenizer, rows.train, None, method=entry.method, steps=entry.steps, learning_rate=entry.learning_rate,
             seed=entry.seed, progress=named,
         )  # fmt: skip
     elif entry.kind == "merge":
         _average(model, [p.load().model for p in parents[1:]])
     elif entry.kind == "ablate":
-        ablate_refusal(loaded, named)
+        ablation.ablate_refusal(loaded, named)
     else:
         _round_to_nf4(model)
     model.to(torch.bfloat16).save_pretrained(part)
     tokenizer.save_pretrained(part)
+    (part / HELD_OUT).write_text("".join(json.dumps(row) + "\n" for row in rows.held_out), encoding="utf-8")
+    files = {path.name: _sha256(path) for path in sorted(part.iterdir()) if path.is_file()}
     model = models.load(part, dtype="bfloat16").model
     goals = spread(jailbreakbench(data)[0], UNADAPTED_PROMPTS)
-    answers = ask(
-        model, tokenizer, goals, keep=part / "jailbreakbench.jsonl", done=named("unadapted safety", len(goals))
-    )
+    answers = ask(model, tokenizer, goals, keep=part / ANSWERS, done=named("unadapted safety", len(goals)))
     record = {
         "entry": dataclasses.asdict(entry), "key": folder.name.rsplit("-", 1)[1], "base": recipe.base,
-        "weights": models.weights_digest(model), "rows": len(train), "task_loss_before": before,
-        "task_loss": task_loss(model, tokenizer, held_out) if held_out else None,
-        "unadapted_safety": dataclasses.asdict(answers.safety_score()),
+        "weights": models.weights_digest(model), "files": files, "rows": len(rows.train), "task_loss_before": before,
+        "task_loss": task_loss(model, tokenizer, rows.own) if rows.own else None, "own_rows_seen": rows.own_seen,
+        **_safety(answers),
     }  # fmt: skip
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in held_out)
-    (part / "held_out.jsonl").write_text("".join(lines), encoding="utf-8")
     (part / "zoo.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)  # without zoo.json it is a build that was cut off
     part.rename(folder)
