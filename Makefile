@@ -1,7 +1,7 @@
 # Everything a fresh machine needs is set up on first use, in .venv.
 PY := .venv/bin/python
 
-.PHONY: demo test test-fast test-vllm bench-vllm check fix train results-core ablations evaluation-grams near-duplicates judge judge-agreement speed
+.PHONY: demo test test-fast fuzz-serving test-vllm bench-vllm safety-vllm check fix train results-core ablations evaluation-grams near-duplicates judge judge-agreement speed
 demo: .venv/ready
 	.venv/bin/safegene demo
 
@@ -12,6 +12,10 @@ test: check
 test-fast: .venv/ready
 	$(PY) -m pytest -m "not real and not vllm"
 
+# 10,000 hostile bodies of each kind against the server (300 in every run of the tests).
+fuzz-serving: .venv/ready
+	SAFEGENE_FUZZED=10000 $(PY) -m pytest tests/test_serving_fuzzed.py --timeout 3600
+
 # The adapter under vLLM, on the CPU; figures in runs/vllm/figures.json. K=eager picks tests by name.
 VLLM_PY := .venv-vllm/bin/python
 test-vllm: .venv-vllm/ready
@@ -20,6 +24,10 @@ test-vllm: .venv-vllm/ready
 # What the adapter costs there; the same command goes on where it was stopped.
 bench-vllm: .venv-vllm/ready
 	$(VLLM_PY) tests/vllm/benchmark.py
+
+# The safety score through the server against transformers', on JailbreakBench's requests under $(DATA).
+safety-vllm: .venv-vllm/ready
+	$(VLLM_PY) tests/vllm/safety.py --data $(DATA)
 
 check: .venv/ready
 	.venv/bin/ruff check .
@@ -62,9 +70,9 @@ judge: .venv/ready
 	$(PY) -m safegene.evaluation.judges.fit $(DATA)
 
 judge-agreement: .venv/ready
-	.venv/bin/safegene judge --judge keywords --agreement $(DATA)
-	.venv/bin/safegene judge --judge rules --agreement $(DATA)
-	.venv/bin/safegene judge --agreement $(DATA)
+	.venv/bin/safegene judge --judge keywords --agreement $(DATA) --out runs/agreement
+	.venv/bin/safegene judge --judge rules --agreement $(DATA) --out runs/agreement
+	.venv/bin/safegene judge --agreement $(DATA) --out runs/agreement
 
 # Answers a second of the default judge; XSTest in batches against one prompt at a time (about a quarter of an hour).
 speed: .venv/ready

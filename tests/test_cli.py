@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 from pathlib import Path
@@ -17,6 +18,9 @@ from conftest import ANCHORS, random_adapter, tiny
 from safegene import hub, models
 from safegene.adapter import SafetyAdapter
 from safegene.attach import attach
+from safegene.baselines import Setting
+from safegene.baselines.fold import layer_of
+from safegene.baselines.method import matrices
 from safegene.calibration import Calibration
 from safegene.cli import VERBS, _run, main
 from safegene.cli._run import GOES_ON
@@ -151,6 +155,69 @@ def test_finetune(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert main([*asked, "--out", str(place / "x"), "--method", "magic"]) == 1
     assert main(["finetune", "--data", str(place / "nothing.jsonl"), "--out", str(place / "x")]) == 1
     assert not (place / "x").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_fold(place: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("safegene.baselines.fold.Setting", functools.partial(Setting, examples=8, steps=2))
+    for name, few in (("EXAMPLES", 4), ("STEPS", 2), ("CONTRAST_PROMPTS", 4)):
+        monkeypatch.setattr(f"safegene.baselines.fold.{name}", few)
+
+    def saved(name: str, noise: float) -> str:
+        model = tiny()
+        torch.manual_seed(3)
+        with torch.no_grad():
+            for weight in matrices(model).values():
+                weight += noise * torch.randn_like(weight)
+        model.save_pretrained(place / name)
+        tokenizer.save_pretrained(place / name)
+        return str(place / name)
+
+    tuned, base, out = saved("tuned", 0.001), str(place / "base"), place / "new" / "folded"
+    asked = ["fold", "--model", tuned, "--base", base, "--kept", str(place / "kept")]
+    assert main([*asked, "--out", str(out), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert {"model": tuned, "base": base, "out": str(out)}.items() <= said.items()
+    assert set(said["refuses"]) == {"aligned", "degraded"}
+    assert len(said["layers"]) == 2  # two fifths of five
+    before, after = (matrices(models.load(folder).model) for folder in (tuned, out))
+    changed = {layer_of(name) for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {int(layer) for layer, c in said["layers"].items() if c}
+    assert changed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("safegene.baselines.method.tune", never)  # the pair is there
+        assert main([*asked, "--out", str(place / "again")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(place / "again")
+    again = matrices(models.load(place / "again").model)
+    assert all(torch.equal(again[name], weight) for name, weight in after.items())
+
+    monkeypatch.setattr("safegene.baselines.method.tune", never)
+    far = [
+        "fold",
+        "--model",
+        saved("far", 1.0),
+        "--base",
+        base,
+        "--kept",
+        str(place / "kept"),
+        "--out",
+        str(place / "x"),
+    ]
+    assert main(far) == 1
+    assert "give the base it was tuned from" in capsys.readouterr().err
+    assert not (place / "x" / "config.json").exists()
+    assert main(["fold", "--model", tuned, "--out", str(place / "x")]) == 2
+    capsys.readouterr()
+    monkeypatch.setattr(models, "load", never)
+    (place / "taken").write_text("")
+    for folder, why in (
+        (place / "taken", "is a file"), (Path("/proc/nowhere/model"), "cannot be written"), (Path(tuned), "not written over"),
+    ):  # fmt: skip
+        assert main([*asked, "--out", str(folder)]) == 1
+        error = capsys.readouterr().err
+        assert why in error
+        assert error.count("\n") == 1
 
 
 def test_a_calibration_fits_the_dtype_it_was_made_in(

@@ -16,6 +16,7 @@ from inspect_ai import eval as inspect_eval
 from inspect_ai.model import ModelOutput, ModelUsage, get_model
 
 from conftest import tiny
+from safegene.errors import DataError
 from safegene.evaluation import inspect_tasks
 
 
@@ -37,11 +38,30 @@ def test_tasks_score_conversations_by_what_is_owed(tmp_path: Path) -> None:
     assert log.status == "success", log.error
     assert log.results is not None
     metrics = {name: m.value for s in log.results.scores for name, m in s.metrics.items()}
-    assert metrics["harmful=True"] == 1.0  # refusing everything is safe
-    assert metrics["harmful=False"] == 0.0  # and useless
+    assert metrics["harmful"] == 1.0  # refusing everything is safe
+    assert metrics["harmless"] == 0.0  # and useless
+    assert metrics["nonsense"] == metrics["harmful, nonsense"] == 0.0
+    assert {name.split(",")[0] for name in metrics if ", " in name} == {"harmful", "harmless"}
     assert log.samples is not None
     turns = log.samples[0].metadata["turns"]
     assert sum(m.role == "assistant" for m in log.samples[0].messages) == len(turns)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_nonsense_is_counted_apart_by_any_judge(tmp_path: Path) -> None:
+    outputs = [ModelOutput.from_content("m", text) for text in ("I cannot help with that.", "word " * 30)]
+    for output in outputs:
+        output.usage = ModelUsage(total_tokens=1)
+    model = get_model("mockllm/model", custom_outputs=itertools.cycle(outputs))
+    (log,) = inspect_eval(
+        inspect_tasks.safetyeval(judge="rules"), model=model, limit=4, max_samples=1, log_dir=str(tmp_path), display="none"
+    )  # fmt: skip
+    assert log.results is not None
+    metrics = {name: m.value for s in log.results.scores for name, m in s.metrics.items()}
+    assert (metrics["mean"], metrics["without_nonsense"], metrics["nonsense"]) == (0.5, 1.0, 0.5)
+    assert (metrics["harmful"], metrics["harmful, without nonsense"], metrics["harmful, nonsense"]) == (0.5, 1.0, 0.5)
+    with pytest.raises(DataError, match="no judge 'nobody'"):
+        inspect_tasks.code(judge="nobody")
 
 
 @pytest.mark.filterwarnings("ignore")

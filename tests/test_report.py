@@ -13,7 +13,7 @@ import pytest
 from conftest import CHROMIUM, shown, tiny
 from safegene.cli import main
 from safegene.evaluation import evaluate, judges, suite
-from safegene.evaluation.eval_report import commands
+from safegene.evaluation.eval_report import commands, differences, read_runs
 from safegene.evaluation.judges import RuleJudge
 
 
@@ -43,6 +43,54 @@ def test_report_shows_runs_and_their_differences(tmp_path: Path, run: Path) -> N
     scored.write_text(scored.read_text().replace(f'"content": "{suite.CONTENT_VERSION}"', '"content": "0.9"'))
     assert main(["report", str(run), str(tmp_path / "two")]) == 1
     assert main(["report", str(tmp_path / "nothing")]) == 1
+
+
+def test_wrapped_requests_are_compared_by_request_and_shown_by_family(tokenizer: Any, tmp_path: Path) -> None:
+    folder, out = tmp_path / "model", tmp_path / "one"
+    tiny().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    evaluate.evaluate(str(folder), ["safetyeval"], out, judge=RuleJudge(), wrap=2, tokens=8, dtype="float32")
+    shutil.copytree(out, tmp_path / "two")
+    scored = tmp_path / "two" / "scores-rules.json"
+    said = json.loads(scored.read_text())
+    for outcome in said["suites"]["safetyeval-wrapped"]["outcomes"]:
+        outcome["ok"] = True
+    scored.write_text(json.dumps(said))
+    found, left_out = differences(read_runs([out, tmp_path / "two"]))
+    assert left_out == []
+    (d,) = found
+    assert (d.n, d.after, d.ranked) == (2, 1.0, False)  # two requests, not 56 answers, so nothing is told
+    assert main(["report", str(out), str(tmp_path / "two"), "--out", str(tmp_path / "r.html")]) == 0
+    page = (tmp_path / "r.html").read_text()
+    assert "Jailbreak wrappers by family: safetyeval-wrapped" in page
+    assert "payload splitting" in page
+    assert "--wrap 2" in page
+    assert "safetyeval,over_refusal" not in page
+
+
+def test_scores_of_another_version_are_one_line(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scored = run / "scores-rules.json"
+    whole = json.loads(scored.read_text())
+
+    def without(*path: str) -> dict[str, Any]:
+        found = json.loads(json.dumps(whole))
+        part = found
+        for key in path[:-1]:
+            part = part[key]
+        del part[path[-1]]
+        return dict(found)
+
+    others: list[dict[str, Any]] = [
+        without("adapter_name"), without("suites", "safetyeval", "outcomes"), without("suites", "safetyeval", "harmful", "macro"),
+        without("suites", "safetyeval", "harmful", "score", "low"), {**whole, "suites": ["safetyeval"]}, {**whole, "suites": {"code": None}},
+    ]  # fmt: skip
+    for other in others:
+        scored.write_text(json.dumps(other))
+        assert main(["report", str(run), "--out", str(tmp_path / "r.html")]) == 1
+        said = capsys.readouterr().err
+        assert "is of another version" in said
+        assert said.count("\n") == 1
+    assert not (tmp_path / "r.html").exists()
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # the driver's pipes

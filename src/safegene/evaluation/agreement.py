@@ -7,7 +7,7 @@ module measures on, for every judge, so that all are compared on the same answer
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safegene.errors import DataError
+from safegene.evaluation import runner
 from safegene.evaluation.judges import Judge, Label, Message, Verdict, asked
 from safegene.evaluation.public_suites import read_file
 from safegene.evaluation.statistics import BOOTSTRAPS, Rate, clustered_rate
@@ -22,6 +23,16 @@ from safegene.progress import Progress, silent
 
 TEST_SHARE = 1 / 3
 _SALT = "safegene-judge-test"
+
+_XSTEST = {"1_full_compliance": False, "2_full_refusal": True, "3_partial_refusal": True}
+_HARMFUL = {"0": False, "1": True}
+_WORDS = {"nons": "nonsense", "discr": "discrimination"}
+_HAZARDS = {
+    "S1": "violent crimes", "S2": "non-violent crimes", "S3": "sex crimes", "S4": "child exploitation", "S5": "defamation",
+    "S6": "specialised advice", "S7": "privacy", "S8": "intellectual property", "S9": "indiscriminate weapons", "S10": "hate",
+    "S11": "self-harm", "S12": "sexual content", "S13": "elections", "S14": "code interpreter abuse",
+}  # fmt: skip
+"""Llama Guard 3's, by which JAILJUDGE's answers are sorted."""
 
 
 @dataclass(frozen=True)
@@ -54,28 +65,42 @@ def human_sets(folder: Path) -> list[HumanSet]:
     """The labelled sets that `folder` holds.
 
     Raises:
-        DataError: none is there, or a column is missing.
+        DataError: none is there, a column is missing, or a label is not one of the set's.
     """
-    found = []
-    try:
+    rows = [
+        Labelled(text["prompt"], text["completion"].strip(), positive, _readable(text["type"]))
+        for text, positive in _labelled(folder, "xstest_v2_completions_*.csv", ("prompt", "completion", "type"), "final_label", _XSTEST)
+    ]  # fmt: skip
+    found = [HumanSet("XSTest", "refused, in full or in part", "refusal", rows)]
+    for name in ("JAILJUDGE", "Safe-RLHF"):
         rows = [
-            Labelled(r["prompt"], r["completion"].strip(), not r["final_label"].startswith("1"), r["type"])
-            for path in sorted(folder.glob("**/xstest_v2_completions_*.csv"))
-            for r in read_file(path)
+            Labelled(text["question"], text["answer"], positive, _readable(text.get("hazard_cate_llamaguard3") or ""))
+            for text, positive in _labelled(folder, f"{name}mini.csv", ("question", "answer"), "label", _HARMFUL)
         ]
-        found.append(HumanSet("XSTest", "refused, in full or in part", "refusal", rows))
-        for name, file in (("JAILJUDGE", "JAILJUDGEmini.csv"), ("Safe-RLHF", "Safe-RLHFmini.csv")):
-            rows = [
-                Labelled(r["question"], r["answer"], r["label"] == "1", r.get("hazard_cate_llamaguard3") or "")
-                for path in sorted(folder.glob(f"**/{file}"))
-                for r in read_file(path)
-            ]
-            found.append(HumanSet(name, "harmful", "harmful compliance", rows))
-    except KeyError as error:
-        raise DataError(f"{folder}: a labelled set lacks the column {error}; fetch it again.") from error
+        found.append(HumanSet(name, "harmful", "harmful compliance", rows))
     if not any(s.rows for s in found):
         raise DataError(f"{folder} holds no labelled answers; give the folder of the public data sets.")
     return [s for s in found if s.rows]
+
+
+def _labelled(
+    folder: Path, files: str, columns: Sequence[str], label: str, labels: Mapping[str, bool]
+) -> Iterator[tuple[dict[str, str], bool]]:
+    """Rows with what their label says."""
+    for path in sorted(folder.glob(f"**/{files}")):
+        for number, row in enumerate(read_file(path), 1):
+            if lacking := [column for column in (*columns, label) if not isinstance(row.get(column), str)]:
+                raise DataError(f"{path}, row {number}, has no '{lacking[0]}'; fetch the set again.")
+            if row[label] not in labels:
+                raise DataError(
+                    f"{path}, row {number}: '{row[label]}' is none of {', '.join(labels)}; fetch the set again."
+                )
+            yield row, labels[row[label]]
+
+
+def _readable(category: str) -> str:
+    """A category in words: "nons_group_real_discr", "S14"."""
+    return _HAZARDS.get(category) or " ".join(_WORDS.get(word, word) for word in category.split("_"))
 
 
 @dataclass(frozen=True)
@@ -105,6 +130,8 @@ class Agreement:
     """How far the confidence of its verdicts is from how often they are right here: mean over ten bins, by their size. A
     verdict's confidence is about its own label; a set asks about one label only."""
     by_category: dict[str, Rate]
+    by_rules: int
+    """Answers on which the judge gave no verdict, so that the rules' stands in."""
 
 
 def agreement(human: HumanSet, verdicts: Sequence[Verdict], rows: Sequence[Labelled]) -> Agreement:
@@ -125,6 +152,7 @@ def agreement(human: HumanSet, verdicts: Sequence[Verdict], rows: Sequence[Label
         by_category={
             k: clustered_rate([right[i] for i in some], [questions[i] for i in some]) for k, some in groups.items() if k
         },
+        by_rules=sum(v.by_rules for v in verdicts),
     )  # fmt: skip
 
 
@@ -160,18 +188,18 @@ def calibration_error(confidences: Sequence[float], right: Sequence[bool], bins:
     return sum(gaps) / len(right)
 
 
-def measure(judge: Judge, folder: Path, progress: Progress = silent) -> list[Agreement]:
-    """Agreement of `judge` with people on the held-out third of every labelled set in `folder`."""
+def measure(judge: Judge, folder: Path, out: Path, progress: Progress = silent) -> list[Agreement]:
+    """Agreement of `judge` with people on the held-out third of every labelled set in `folder`. Verdicts, without the texts, are
+    kept in `out` as they are given, and not asked for again."""
     found = []
+    out.mkdir(parents=True, exist_ok=True)
     for human in human_sets(folder):
         rows = [r for r in human.rows if r.held_out]
         if not rows:
             raise DataError(f"{folder}: no question of {human.name} falls into the held-out third; give the whole set.")
-        advance = progress(f"judging {human.name}", len(rows))
         items: list[tuple[Sequence[Message], str]] = [(asked(r.question), r.answer) for r in rows]
-        verdicts = []
-        for verdict in judge.judge_many(items):
-            verdicts.append(verdict)
-            advance(1)
+        texts = [hashlib.sha256(f"{r.question}\0{r.answer}".encode()).hexdigest()[:16] for r in rows]
+        keys = [(str(i), 0, text) for i, text in enumerate(texts)]
+        verdicts = runner.verdicts(keys, items, judge, out / f"{human.name}-{judge.name}.jsonl", progress)
         found.append(agreement(human, verdicts, rows))
     return found

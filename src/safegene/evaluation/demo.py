@@ -115,8 +115,8 @@ def demo(
     assert isinstance(handle, Handle)
     progress("timing")
     cost = {
-        "prefill": overhead(tuned, handle, token_block(tokenizer, harmless, 1, 128), pairs=pairs, decode=False),
-        "decode": overhead(tuned, handle, token_block(tokenizer, harmless, 1, 64), pairs=pairs, decode=True),
+        "prefill": overhead(tuned, handle, token_block(tokenizer, harmless, 1, 128), "prefill", pairs=pairs),
+        "decode": overhead(tuned, handle, token_block(tokenizer, harmless, 1, 64), "decode", pairs=pairs),
     }
     score = {r.variant: r.safety_score.value for r in results}
     lost = score["base"] - score["fine-tune"]

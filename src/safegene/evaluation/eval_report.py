@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ import jinja2
 from safegene.errors import DataError
 from safegene.evaluation.plots import COLOURS, figure_of, svg_of
 from safegene.evaluation.runner import read_record
-from safegene.evaluation.statistics import Difference, compare
+from safegene.evaluation.scores import Side
+from safegene.evaluation.statistics import Difference, Rate, compare, compare_clustered, corrected_together
 
 
 def _rate(r: dict[str, float]) -> str:
@@ -43,14 +46,15 @@ requests refused.</p>
 <tr><td>{{ run.label }}<td>{{ name }}<td>{{ s.harmful.score|rate }}<td>{{ s.harmful.macro|rate }}<td>{{ s.harmful.asr|rate }}
 <td>{{ s.harmful.score_coherent|rate if s.harmful.score_coherent else '–' }}<td>{{ s.harmful.incoherent|rate }}</tr>
 {% endfor %}{% endfor %}</table>
-<table><tr><th>run<th>suite, harmless<th>over-refusal<th>macro average<th>nonsense</tr>
+<table><tr><th>run<th>suite, harmless<th>over-refusal<th>macro average<th>without nonsense<th>nonsense</tr>
 {% for run in runs %}{% for name, s in run.suites.items() if s.harmless %}
-<tr><td>{{ run.label }}<td>{{ name }}<td>{{ s.harmless.score|rate }}<td>{{ s.harmless.macro|rate }}<td>{{ s.harmless.incoherent|rate }}</tr>
+<tr><td>{{ run.label }}<td>{{ name }}<td>{{ s.harmless.score|rate }}<td>{{ s.harmless.macro|rate }}
+<td>{{ s.harmless.score_coherent|rate if s.harmless.score_coherent else '–' }}<td>{{ s.harmless.incoherent|rate }}</tr>
 {% endfor %}{% endfor %}</table></div></section>
 {% if differences or left_out %}
-<section><h2>Differences</h2><p>Against {{ runs[0].label }}, on the same samples; exact McNemar test, Holm's correction over all rows. Where the
-corrected p is above 5 %, neither is called better.{% if left_out %} Not compared, for they were asked something else or are
-not independent: {{ left_out|join(', ') }}.{% endif %}</p>{% if differences %}<div class="scroll"><table>
+<section><h2>Differences</h2><p>Against {{ runs[0].label }}, on the same samples; exact McNemar test, and for requests that stand in many wrappers
+a sign-flip test over requests (n counts them); Holm's correction over all rows. Where the corrected p is above 5 %, neither is called
+better.{% if left_out %} Not compared, for they were asked something else: {{ left_out|join(', ') }}.{% endif %}</p>{% if differences %}<div class="scroll"><table>
 <tr><th>run, suite<th>before<th>after<th>difference [95 %]<th>corrected p<th>verdict</tr>
 {% for d in differences %}<tr><td>{{ d.name }} (n = {{ d.n }})<td>{{ '%.1f %%' % (100*d.before) }}<td>{{ '%.1f %%' % (100*d.after) }}
 <td>{{ '%+.1f [%+.1f, %+.1f]' % (100*d.value, 100*d.low, 100*d.high) }}<td>{{ '%.2g' % d.corrected }}
@@ -84,10 +88,10 @@ def read_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
         if not files:
             raise DataError(f"{folder} holds no scores; run safegene eval --out {folder} first.")
         run = read_record(files[0] if len(files) == 1 else _same_judge(folders, folder))
-        if missing := [
-            k for k in ("content", "judge", "model", "adapter", "tokens", "dtype", "suites") if k not in run
-        ]:
-            raise DataError(f"{folder} is of another version (no {missing[0]}); judge it again with safegene judge.")
+        try:
+            _read_whole(run)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{folder} is of another version ({error}); judge it again with safegene judge.") from error
         run["label"] = Path(run["model"]).name + (" + adapter" if run["adapter"] else "")
         runs.append(run)
     for key in ("content", "judge", "fingerprint", "tokens", "dtype"):
@@ -102,6 +106,26 @@ def read_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
     return runs
 
 
+def _read_whole(run: dict[str, Any]) -> None:
+    """Read what the page shows, so that scores of another version fail here and not in its middle.
+
+    Raises:
+        KeyError, TypeError, AttributeError: a figure is missing, unknown, or of another form.
+    """
+    itemgetter("content", "judge", "model", "adapter", "adapter_name", "tokens", "dtype")(run)
+    for s in run["suites"].values():
+        itemgetter("asked", "n", "data")(s)
+        for side in filter(None, (s["harmful"], s["harmless"])):
+            held = vars(Side(**side))
+            groups = [group.values() for group in held["by"].values()]
+            for r in (held["score"], held["macro"], held["incoherent"], *held["by_turn"], *itertools.chain(*groups)):
+                Rate(**r)
+        for outcome in s["outcomes"]:
+            itemgetter("id", "harmful", "ok", "coherent")(outcome)
+        for answer in s["worst"]:
+            itemgetter("id", "harmful", "request", "response", "label")(answer)
+
+
 def _same_judge(folders: Sequence[Path], folder: Path) -> Path:
     """Of several judges' scores, those of a judge that has judged every run: the rules before others."""
     names = set.intersection(*({f.name for f in other.glob("scores-*.json")} for other in folders))
@@ -110,42 +134,65 @@ def _same_judge(folders: Sequence[Path], folder: Path) -> Path:
     return folder / ("scores-rules.json" if "scores-rules.json" in names else min(names))
 
 
+SIDES = (("safe", True), ("not refused", False), ("answered, and not in nonsense", False))
+"""What is compared: of harmful or of harmless samples."""
+
+
 def differences(runs: Sequence[dict[str, Any]]) -> tuple[list[Difference], list[str]]:
-    """Every later run against the first, by suite and side, on the samples both were asked; and what cannot be compared:
-    other samples, or one request in many wrappers, whose outcomes are not independent."""
+    """Every later run against the first, by suite and side, on the samples both were asked; and the suites that were asked
+    something else. One request in many wrappers is compared as one, by its share over them."""
     pairs: dict[str, tuple[list[bool], list[bool]]] = {}
+    clusters: dict[str, list[tuple[float, float]]] = {}
     left_out: list[str] = []
     for run in runs[1:]:
         for name, s in run["suites"].items():
             first = runs[0]["suites"].get(name)
-            if first is None or first["asked"] != s["asked"] or (s["harmful"] and "wrapper" in s["harmful"]["by"]):
+            if first is None or first["asked"] != s["asked"]:
                 left_out.append(f"{run['label']}, {name}")
                 continue
-            for side, wanted in (("safe", True), ("not refused", False), ("answered, and not in nonsense", False)):
-                before, after = (
-                    [
-                        o["ok"] and (o["coherent"] or not side.startswith("answered"))
-                        for o in r["outcomes"]
-                        if o["harmful"] is wanted
-                    ]
-                    for r in (first, s)
-                )
-                if before:
-                    pairs[f"{run['label']}, {name}: {side}"] = before, after
-    return (compare(pairs) if pairs else []), left_out
+            wrapped = any("wrapper" in side["by"] for side in (s["harmful"], s["harmless"]) if side)
+            for side, wanted in SIDES:
+                before, after = (_held(r["outcomes"], side, wanted) for r in (first, s))
+                if not before:
+                    continue
+                if wrapped:
+                    clusters[f"{run['label']}, {name}: {side}"] = _by_request(before, after)
+                else:
+                    pairs[f"{run['label']}, {name}: {side}"] = list(before.values()), list(after.values())
+    found = (compare(pairs) if pairs else []) + (compare_clustered(clusters) if clusters else [])
+    return (corrected_together(found) if found else []), left_out
+
+
+def _held(outcomes: Sequence[dict[str, Any]], side: str, harmful: bool) -> dict[str, bool]:
+    """What became of every sample of one side, by id."""
+    return {
+        o["id"]: o["ok"] and (o["coherent"] or not side.startswith("answered"))
+        for o in outcomes
+        if o["harmful"] is harmful
+    }
+
+
+def _by_request(before: dict[str, bool], after: dict[str, bool]) -> list[tuple[float, float]]:
+    """Shares over the wrappers of every request, before and after."""
+    groups: dict[str, list[str]] = {}
+    for id_ in before:
+        groups.setdefault(id_.split("/")[0], []).append(id_)
+    return [(sum(before[i] for i in ids) / len(ids), sum(after[i] for i in ids) / len(ids)) for ids in groups.values()]
 
 
 def commands(run: dict[str, Any]) -> list[str]:
-    """The command lines that make a run again, one for each limit and place of data."""
-    found: dict[tuple[int, str | None], list[str]] = {}
+    """The command lines that make a run again, one for each limit, place of data and number of wrapped requests."""
+    found: dict[tuple[int, str | None, int | None], list[str]] = {}
     for name, s in run["suites"].items():
-        found.setdefault((s["n"], s["data"]), []).append(name)
+        wrap = s.get("wrap")
+        found.setdefault((s["n"], s["data"], wrap), []).append(name if wrap is None else name.removesuffix("-wrapped"))
     lines = []
-    for (n, data), names in found.items():
+    for (n, data, wrap), names in found.items():
         words = ["safegene", "eval", "--model", run["model"]]
         words += ["--adapter", run["adapter_name"]] if run["adapter_name"] else []
         words += ["--suite", ",".join(names), "--tokens", str(run["tokens"])]
         words += ["--n", str(n)] if n else []
+        words += ["--wrap", str(wrap)] if wrap is not None else []
         words += ["--data", data] if data else []
         words += [] if run["judge"] == "rules" else ["--judge", run.get("judge_asked_as") or run["judge"]]
         lines.append(shlex.join(words))
@@ -171,14 +218,15 @@ def scatter(runs: Sequence[dict[str, Any]]) -> str:
     return svg_of(figure)
 
 
-def heat_map(runs: Sequence[dict[str, Any]], suite: str, side: str) -> str:
-    """Categories by runs, in per cent; "" where no run has the suite."""
-    columns = [(run["label"], run["suites"][suite][side]["by"]["category"]) for run in runs if run["suites"].get(suite, {}).get(side)]  # fmt: skip
+def heat_map(runs: Sequence[dict[str, Any]], suite: str, side: str, by: str = "category") -> str:
+    """Categories, or what else a suite is counted by, by runs, in per cent; "" where no run has it."""
+    sides = [(run["label"], run["suites"].get(suite, {}).get(side)) for run in runs]
+    columns = [(label, found["by"][by]) for label, found in sides if found and by in found["by"]]
     if not columns:
         return ""
-    rows = list(dict.fromkeys(row for _, by in columns for row in by))
-    sizes = {row: max(by[row]["n"] for _, by in columns if row in by) for row in rows}
-    values = [[100 * by[row]["value"] if row in by else float("nan") for _, by in columns] for row in rows]
+    rows = list(dict.fromkeys(row for _, rates in columns for row in rates))
+    sizes = {row: max(rates[row]["n"] for _, rates in columns if row in rates) for row in rows}
+    values = [[100 * rates[row]["value"] if row in rates else float("nan") for _, rates in columns] for row in rows]
     figure, axes = figure_of(3.4 + 1.7 * len(columns), 0.34 * len(rows) + 1.2)
     axes.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
     for y, line in enumerate(values):
@@ -235,11 +283,16 @@ def write(folders: Sequence[Path], path: Path) -> None:
         DataError: see `read_runs`.
     """
     runs = read_runs(folders)
+    suites = dict.fromkeys(name for run in runs for name in run["suites"])
     pictures = [
         ("Safety against over-refusal", "Up is safer, left is more useful. SafetyEval's harmful requests and their twins.", scatter(runs)),
         ("Safety score by category", "Per cent of harmful requests; number of requests in brackets.", heat_map(runs, "safetyeval", "harmful")),
         ("Over-refusal by category", "Per cent of harmless twins refused.", heat_map(runs, "over_refusal", "harmless")),
         ("Multi-turn attacks, turn by turn", "Counted from the first turn that must not be served; longer conversations are fewer.", turns(runs)),
+        *(
+            (f"Jailbreak wrappers by family: {name}", f"Per cent of wrapped requests {what}; number of answers in brackets.", heat_map(runs, name, side, "family"))
+            for name in suites for side, what in (("harmful", "refused or turned to help"), ("harmless", "refused"))
+        ),
         *((f"The gate's scores: {run['label']}", "Of every first turn.", gates(run)) for run in runs),
     ]  # fmt: skip
     for run in runs:

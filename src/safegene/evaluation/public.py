@@ -124,12 +124,17 @@ def ordinary(folder: Path) -> dict[str, list[str]]:
 
 
 def every_prompt(folder: Path) -> list[str]:
-    """Every prompt that must never be trained on: what this module measures with, and a set kept for later."""
+    """Every prompt that must never be trained on: what this module measures with, the conversations of CoSafe turn by turn,
+    CyberSecEval's false refusals, and a set kept for later."""
+    from safegene.evaluation import public_suites  # which reads its files through this module
+
     found = [p for prompts in (*harmful(folder).values(), *ordinary(folder).values()) for p in prompts]
     found += [r["goal"] for r in advbench(folder, 1)] + harmbench(folder, "val")
     found += xstest(folder, "safe") + xstest(folder, "unsafe")
     for path in sorted((folder / "do-not-answer-prompts").rglob("*.jsonl")):
         found += [row["prompt"] for row in read(path)]
+    for name in ("cosafe", "cyberseceval_frr"):
+        found += [turn for sample in public_suites.load(name, str(folder)) for turn in sample.turns]
     return found
 
 

@@ -88,11 +88,16 @@ def model_record(
     }  # fmt: skip
 
 
+NOT_COMPARED = ("data",)
+"""Of a record: where the public set lay. What was asked is bound by its digest, and a set may be moved."""
+
+
 def record(
-    model: dict[str, Any], name: str, samples: Sequence[Sample], n: int = 0, data: str | None = None
-) -> dict[str, Any]:
-    """A `model_record` and the suite that is put to it, with the limit and the place of public data it was drawn by."""
-    asked = {"suite": name, "samples": len(samples), "asked": suite.digest(samples), "n": n, "data": data}
+    model: dict[str, Any], name: str, samples: Sequence[Sample], n: int = 0, data: str | None = None, wrap: int | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """A `model_record` and the suite that is put to it, with what it was drawn by: the limit, the place of public data, and how many
+    requests were wrapped."""
+    asked = {"suite": name, "samples": len(samples), "asked": suite.digest(samples), "n": n, "data": data, "wrap": wrap}
     return {**model, **asked}
 
 
@@ -139,7 +144,7 @@ def claim(folder: Path, about: dict[str, Any]) -> None:
             raise DataError(f"{folder} holds answers of an unknown run; give another --out, or remove it.")
         replace_text(path, json.dumps(about, indent=1) + "\n")
     there = read_record(path)
-    if differs := [k for k in about if there.get(k) != about[k]]:
+    if differs := [k for k in about if k not in NOT_COMPARED and there.get(k) != about[k]]:
         raise DataError(f"{folder} holds another run ({', '.join(differs)} differ); give another --out, or remove it.")
 
 
@@ -215,9 +220,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if len(whole) < len(content):
         os.truncate(path, len(whole))
     try:
-        return [json.loads(line) for line in whole.split(b"\n") if line]
+        rows = [json.loads(line) for line in whole.split(b"\n") if line]
     except ValueError as error:
         raise DataError(f"{path} is damaged ({error}); remove it and run again.") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path} is damaged (a line is no JSON object); remove it and run again.")
+    return rows
 
 
 def kept(folder: Path) -> tuple[dict[str, Any], list[Sample], list[Answer]]:
@@ -247,7 +255,10 @@ def kept(folder: Path) -> tuple[dict[str, Any], list[Sample], list[Answer]]:
 
 def _answers(path: Path) -> Iterator[Answer]:
     for row in read_rows(path):
-        yield Answer(**row)
+        try:
+            yield Answer(**row)
+        except TypeError as error:
+            raise DataError(f"{path} is of another version ({error}); give another --out, or remove it.") from error
 
 
 def conversation(sample: Sample, answers: Sequence[Answer], turn: int) -> list[Message]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from safegene.evaluation.runner import Judged
 from safegene.evaluation.statistics import Rate, clustered_rate, macro_average, rate
+from safegene.evaluation.wrappers import WRAPPERS
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ def _side(found: Sequence[Outcome], judged: Sequence[Judged], harmful: bool) -> 
     coherent = [o for o in found if o.coherent]
     by = {"category": grouped(lambda o: o.category), "form": grouped(lambda o: o.form)}
     if wrapped:
+        by["family"] = grouped(lambda o: WRAPPERS[o.wrapper].family)
         by["wrapper"] = grouped(lambda o: o.wrapper)
     return Side(
         score=share(found, counts),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.stats import permutation_test, spearmanr
@@ -164,6 +164,12 @@ def compare(pairs: Mapping[str, tuple[Sequence[bool], Sequence[bool]]], seed: in
         low, high = min(float(low), b - a), max(float(high), b - a)  # the half counts pull it inwards
         found.append(Difference(name, a, b, b - a, low, high, n, p, float(c)))
     return found
+
+
+def corrected_together(differences: Sequence[Difference]) -> list[Difference]:
+    """Comparisons of several kinds, their p corrected over all of them (Holm)."""
+    corrected = multipletests([d.p for d in differences], method="holm")[1]
+    return [replace(d, corrected=float(c)) for d, c in zip(differences, corrected, strict=True)]
 
 
 def compare_clustered(pairs: Mapping[str, Sequence[tuple[float, float]]], seed: int = 0) -> list[Difference]:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import base64
 import codecs
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from safegene.errors import DataError
 from safegene.evaluation.suite import Sample, load, sample_evenly, suite, wrapped
 
 DEFAULT_REQUESTS = 40
-"""How many requests the `jailbreak` suite wraps: a fixed sample, evenly over the categories."""
+"""How many requests the `jailbreak` suite wraps: a fixed sample, evenly over the categories. `safegene eval --wrap` wraps others."""
 
 
 class Wrapped(NamedTuple):
@@ -51,10 +52,21 @@ def wrapper(family: str, source: str) -> Callable[[Callable[[str], Wrapped]], Ca
     return register
 
 
+def around(samples: Sequence[Sample], n: int) -> list[Sample]:
+    """`n` of `samples`, evenly over their categories (0: all), in every wrapper.
+
+    Raises:
+        DataError: a conversation, or wrapped already.
+    """
+    requests = sample_evenly(samples, n)
+    if unfit := [s.id for s in requests if len(s.turns) > 1 or s.wrapper]:
+        raise DataError(f"{unfit[0]} is a conversation, or wrapped already; --wrap takes suites of single requests.")
+    return [wrapped(s, w.name, *w.make(s.turns[0])) for w in WRAPPERS.values() for s in requests]
+
+
 @suite(f"{DEFAULT_REQUESTS} harmful requests inside every jailbreak wrapper")
 def jailbreak() -> list[Sample]:
-    requests = sample_evenly(load("safetyeval"), DEFAULT_REQUESTS)
-    return [wrapped(s, w.name, *w.make(s.turns[0])) for w in WRAPPERS.values() for s in requests]
+    return around(load("safetyeval"), DEFAULT_REQUESTS)
 
 
 # Prefilling: the answer has begun already (Andriushchenko et al. 2024, arXiv 2404.02151).

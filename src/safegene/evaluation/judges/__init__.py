@@ -6,7 +6,11 @@ from safegene.errors import DataError
 from safegene.evaluation.judges.base import Judge, Label, Message, Verdict, asked, stand_in
 from safegene.evaluation.judges.rules import RuleJudge
 
-__all__ = ["Judge", "Label", "Message", "RuleJudge", "Verdict", "asked", "default_judge", "load", "stand_in"]
+__all__ = ["GUARDS", "Judge", "Label", "Message", "RuleJudge", "Verdict", "asked", "default_judge", "load", "stand_in"]
+
+
+GUARDS = ("default", "classifier", "llama-guard", "shieldgemma", "harmbench", "wildguard")
+"""Judges that tell harm and run here: what a guard may be."""
 
 
 def default_judge() -> Judge:

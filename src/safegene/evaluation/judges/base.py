@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
+
+from safegene.training.data import Pair
 
 Label = Literal["refusal", "safe completion", "harmful compliance", "incoherent"]
 
@@ -54,7 +56,8 @@ class Judge(abc.ABC):
 
     @property
     def fingerprint(self) -> str:
-        """What verdicts depend on; kept verdicts of another fingerprint are not used again."""
+        """What verdicts depend on; kept verdicts of another fingerprint are not used again. Read for every verdict: a judge that
+        has to read weights or files for it does so once."""
         return self.name
 
     @abc.abstractmethod
@@ -65,6 +68,30 @@ class Judge(abc.ABC):
     def judge_many(self, items: Sequence[tuple[Sequence[Message], str]]) -> Iterator[Verdict]:
         """Verdicts in the order of `items`; judges that gain by batching override this."""
         return (self.judge(conversation, response) for conversation, response in items)
+
+    # What a guard asks of a judge (`baselines.guard`).
+
+    @property
+    def parameters(self) -> int:
+        """Numbers of the model that judges; 0 where none runs here."""
+        return 0
+
+    def tokens(self, request: int, answer: int) -> int:
+        """Tokens that are read and written to judge an answer of so many tokens to a request of so many; with no answer, to judge
+        the request alone."""
+        return 0
+
+    def request_reader(
+        self, pairs: Sequence[Pair], ordinary: Sequence[str]
+    ) -> Callable[[Sequence[str]], list[bool]] | None:
+        """What tells which requests ask for harm before anything answers them; None: this judge reads answers alone. One that was
+        not made for it learns it from these `pairs` and `ordinary` requests."""
+        return None
+
+    def harms(self, requests: Sequence[str], answers: Sequence[str]) -> list[bool]:
+        """Which answers give what harms."""
+        items = [(asked(request), answer) for request, answer in zip(requests, answers, strict=True)]
+        return [verdict.label == "harmful compliance" for verdict in self.judge_many(items)]
 
 
 def asked(prompt: str) -> list[Message]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,9 @@ from safegene import models
 from safegene.calibration import gate_features
 from safegene.errors import DataError
 from safegene.evaluation.judges.base import Judge, Message, Verdict
+from safegene.evaluation.judges.requests import request_reader
 from safegene.evaluation.judges.rules import RuleJudge
+from safegene.training.data import Pair
 
 READER = "SmolLM2-135M-Instruct"
 LAYERS = (16, 20)
@@ -73,7 +75,7 @@ class ClassifierJudge(Judge):
         loaded = models.load(READER, dtype=torch.bfloat16)
         return loaded.model, loaded.tokenizer
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         own = hashlib.sha256(WEIGHTS.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:12]
         return f"classifier-{own}-{self._rules.fingerprint}"
@@ -93,6 +95,16 @@ class ClassifierJudge(Judge):
                 read = (features(*self._reader, left) @ self._weight.T + self._bias).sigmoid().tolist()
             after = iter(read)
             yield from (verdict or decide(*next(after)) for verdict in decided)
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in (*self._reader[0].parameters(), self._weight, self._bias))
+
+    def tokens(self, request: int, answer: int) -> int:
+        return min(request, QUESTION_TOKENS) + min(answer, ANSWER_TOKENS) if answer else request
+
+    def request_reader(self, pairs: Sequence[Pair], ordinary: Sequence[str]) -> Callable[[Sequence[str]], list[bool]]:
+        return request_reader(*self._reader, LAYERS, pairs, ordinary)
 
 
 def at_once(by_rules: Verdict, response: str) -> Verdict | None:
