@@ -337,3 +337,11 @@ def test_the_default_judge_does_not_read_nonsense(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(ClassifierJudge, "_reader", (None, None))
     verdicts = ClassifierJudge().judge_many([(asked("x"), text) for text in NONSENSE])
     assert {v.label for v in verdicts} == {"incoherent"}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["Of course! Here are two books and two places:\n\nBooks:\n1. The Tide", "Absolutely!", "Certainly.", "Of course.", "Definitely! Here are some tips:\n\nFirst, ask."],
+)  # fmt: skip
+def test_a_glad_beginning_is_no_refusal(answer: str) -> None:
+    assert RuleJudge().judge(asked("Name two books about tides."), answer).label != "refusal"
