@@ -196,27 +196,21 @@ def test_comparisons_are_paired_and_corrected() -> None:
         compare({"x": ([True], [True, False])})
 
 
-def test_evaluate_and_judge_again(tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    folder = tmp_path / "model"
-    tiny().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def test_evaluate_and_judge_again(place: Path, monkeypatch: Any) -> None:
+    folder = place / "base"
     found = evaluate.evaluate(
-        str(folder), ["safetyeval", "over_refusal"], tmp_path / "out", judge=RuleJudge(), n=4, tokens=8, dtype="float32"
+        str(folder), ["safetyeval", "over_refusal"], place / "out", judge=RuleJudge(), n=4, tokens=8, dtype="float32"
     )
     assert set(found["suites"]) == {"safetyeval", "over_refusal"}
-    again = evaluate.rejudge(tmp_path / "out", Scripted())
+    again = evaluate.rejudge(place / "out", Scripted())
     assert again["suites"]["over_refusal"]["harmless"]["score"]["value"] == 1.0
     assert again["suites"]["safetyeval"]["asked"] == found["suites"]["safetyeval"]["asked"]
     with pytest.raises(DataError, match="no run"):
-        evaluate.rejudge(tmp_path / "nothing", Scripted())
+        evaluate.rejudge(place / "nothing", Scripted())
 
 
-def test_finished_suites_of_a_run_that_was_cut_off_are_judged(
-    tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder, out = tmp_path / "model", tmp_path / "out"
-    tiny().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def test_finished_suites_of_a_run_that_was_cut_off_are_judged(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = place / "base", place / "out"
     suites = ["over_refusal", "safetyeval", "code"]
     evaluate.evaluate(str(folder), suites, out, judge="rules", n=2, tokens=8, dtype="float32")
     kept = out / "safetyeval" / "answers.jsonl"
@@ -234,11 +228,9 @@ def test_finished_suites_of_a_run_that_was_cut_off_are_judged(
         evaluate.rejudge(out, Scripted())
 
 
-def test_a_public_set_may_be_moved(tokenizer: Any, tmp_path: Path) -> None:
-    folder, out = tmp_path / "model", tmp_path / "out"
-    tiny().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    first, second = tmp_path / "first.csv", tmp_path / "second.csv"
+def test_a_public_set_may_be_moved(place: Path) -> None:
+    folder, out = place / "base", place / "out"
+    first, second = place / "first.csv", place / "second.csv"
     first.write_text("goal,target\nDo harm,Sure\nDo worse,Sure\n")
 
     def ask(data: Path) -> dict[str, Any]:
@@ -258,12 +250,10 @@ def test_a_public_set_may_be_moved(tokenizer: Any, tmp_path: Path) -> None:
         ask(second)
 
 
-def test_any_suite_is_put_into_the_wrappers(tokenizer: Any, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    tiny().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def test_any_suite_is_put_into_the_wrappers(place: Path) -> None:
+    folder = place / "base"
     found = evaluate.evaluate(
-        str(folder), ["over_refusal"], tmp_path / "out", judge=Scripted(), n=56, wrap=2, tokens=8, dtype="float32"
+        str(folder), ["over_refusal"], place / "out", judge=Scripted(), n=56, wrap=2, tokens=8, dtype="float32"
     )
     side = found["suites"]["over_refusal-wrapped"]["harmless"]
     assert (side["score"]["n"], len(side["by"]["wrapper"]), len(side["by"]["family"])) == (56, 28, 8)
@@ -273,12 +263,8 @@ def test_any_suite_is_put_into_the_wrappers(tokenizer: Any, tmp_path: Path) -> N
             wrappers.around(suite.load(name), 2)
 
 
-def test_a_run_of_another_version_is_one_line(
-    tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder, out = tmp_path / "model", tmp_path / "out"
-    tiny().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def test_a_run_of_another_version_is_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = place / "base", place / "out"
     evaluate.evaluate(str(folder), ["over_refusal"], out, judge="rules", n=2, tokens=8, dtype="float32")
 
     def judged() -> str:

@@ -6,7 +6,6 @@ import gc
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,7 +14,6 @@ pytest.importorskip("inspect_ai")
 from inspect_ai import eval as inspect_eval
 from inspect_ai.model import ModelOutput, ModelUsage, get_model
 
-from conftest import tiny
 from safegene.errors import DataError
 from safegene.evaluation import inspect_tasks
 
@@ -77,15 +75,13 @@ def test_a_conversation_that_a_limit_stopped_is_not_safe(tmp_path: Path) -> None
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_provider_answers(tokenizer: Any, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    tiny().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def test_the_provider_answers(place: Path) -> None:
+    folder = place / "base"
     (log,) = inspect_eval(
         inspect_tasks.over_refusal(),
         model=f"safegene/{folder}",
         limit=2,
-        log_dir=str(tmp_path),
+        log_dir=str(place),
         display="none",
         max_tokens=4,
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from conftest import CHROMIUM, shown, tiny
+from conftest import CHROMIUM, shown
 from safegene.cli import main
 from safegene.evaluation import evaluate, judges, suite
 from safegene.evaluation.eval_report import commands, differences, read_runs
@@ -18,11 +18,9 @@ from safegene.evaluation.judges import RuleJudge
 
 
 @pytest.fixture
-def run(tokenizer: Any, tmp_path: Path) -> Path:
+def run(place: Path) -> Path:
     """Three suites put to a tiny model."""
-    folder, out = tmp_path / "model", tmp_path / "one"
-    tiny().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    folder, out = place / "base", place / "one"
     suites = ["safetyeval", "over_refusal", "multi_turn"]
     evaluate.evaluate(str(folder), suites, out, judge=RuleJudge(), n=16, tokens=8, dtype="float32")
     return out
@@ -45,23 +43,21 @@ def test_report_shows_runs_and_their_differences(tmp_path: Path, run: Path) -> N
     assert main(["report", str(tmp_path / "nothing")]) == 1
 
 
-def test_wrapped_requests_are_compared_by_request_and_shown_by_family(tokenizer: Any, tmp_path: Path) -> None:
-    folder, out = tmp_path / "model", tmp_path / "one"
-    tiny().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def test_wrapped_requests_are_compared_by_request_and_shown_by_family(place: Path) -> None:
+    folder, out = place / "base", place / "one"
     evaluate.evaluate(str(folder), ["safetyeval"], out, judge=RuleJudge(), wrap=2, tokens=8, dtype="float32")
-    shutil.copytree(out, tmp_path / "two")
-    scored = tmp_path / "two" / "scores-rules.json"
+    shutil.copytree(out, place / "two")
+    scored = place / "two" / "scores-rules.json"
     said = json.loads(scored.read_text())
     for outcome in said["suites"]["safetyeval-wrapped"]["outcomes"]:
         outcome["ok"] = True
     scored.write_text(json.dumps(said))
-    found, left_out = differences(read_runs([out, tmp_path / "two"]))
+    found, left_out = differences(read_runs([out, place / "two"]))
     assert left_out == []
     (d,) = found
     assert (d.n, d.after, d.ranked) == (2, 1.0, False)  # two requests, not 56 answers, so nothing is told
-    assert main(["report", str(out), str(tmp_path / "two"), "--out", str(tmp_path / "r.html")]) == 0
-    page = (tmp_path / "r.html").read_text()
+    assert main(["report", str(out), str(place / "two"), "--out", str(place / "r.html")]) == 0
+    page = (place / "r.html").read_text()
     assert "Jailbreak wrappers by family: safetyeval-wrapped" in page
     assert "payload splitting" in page
     assert "--wrap 2" in page

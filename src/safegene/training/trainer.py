@@ -59,7 +59,7 @@ SAVE_STEPS = 50
 
 READING_RATE = 0.2
 """Learning rate of what an intervention reads, over that of what it writes. At 1 the probes were gone within some tens of steps, and in
-two layers of four the wish fell to 1e-5 and below for every prompt: they did nothing (docs/log.md)."""
+two layers of four the wish fell to 1e-5 and below for every prompt: they did nothing; at 0.1 none did (docs/log.md)."""
 
 PROBED_PAIRS, PROBED_ORDINARY = 2000, 300
 """Rows of the probes: a probe starts an intervention that has to tell the twins apart, and is trained further."""
