@@ -65,8 +65,8 @@ def test_calibration_reads_the_model_as_it_serves(tokenizer: Any) -> None:
     lora.train()
     lora.get_base_model().gradient_checkpointing_enable()
     found = calibrate(lora, adapter, tokenizer)
-    torch.testing.assert_close(found.shift, expected.shift, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(found.scale, expected.scale, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.gate, expected.gate, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.down, expected.down, atol=1e-4, rtol=1e-4)
     assert lora.training
 
 

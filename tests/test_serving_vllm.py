@@ -31,7 +31,7 @@ def stations(adapter: SafetyAdapter, tokens: int) -> dict[int, Station]:
     inner, g = torch.zeros(tokens, adapter.config.gate_width), torch.zeros(tokens, 1)
     parts: Any = adapter.interventions
     turns = {
-        layer: parts[str(layer)].correction(calibration.shift[2 + i], calibration.scale[2 + i], calibration.strength)
+        layer: parts[str(layer)].correction(calibration.down[i], calibration.down_bias[i], calibration.strength)
         for i, layer in enumerate((2, 3))
     }
     turns = {layer: turn.to(torch.device("cpu")) for layer, turn in turns.items()}
@@ -123,7 +123,7 @@ def test_a_changed_row_is_the_cores_to_the_bit() -> None:
     turn.g.fill_(1.0)
     hidden, residual = (torch.randn(8, 32, generator=torch.Generator().manual_seed(i)).bfloat16() for i in (1, 2))
     part: Any = adapter.interventions["3"]
-    expected = operator.intervene(hidden + residual, turn.g, part.correction(torch.zeros(32), torch.ones(32)))
+    expected = operator.intervene(hidden + residual, turn.g, part.correction(part.down, part.bias))
     assert not torch.equal(expected, hidden + residual)
     turn(hidden, residual)
     assert torch.equal(hidden + residual, expected)

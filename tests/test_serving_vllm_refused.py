@@ -70,7 +70,7 @@ def test_adapter_and_calibration_must_belong_together(tmp_path: Path, tokenizer:
     fits = replace(Calibration.of_base(adapter), checkpoint="12")
     fits.save(tmp_path / "fits")
     replace(fits, outside="The gate is lost").save(tmp_path / "lost")
-    replace(fits, shift=fits.shift[:1]).save(tmp_path / "short")
+    replace(fits, down=fits.down[:1]).save(tmp_path / "short")
     replace(fits, adapter="other").save(tmp_path / "foreign")
     torch.set_default_dtype(torch.bfloat16)  # as vLLM does around the making of a model
     try:

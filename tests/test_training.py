@@ -18,15 +18,16 @@ from conftest import CONFIGS, random_adapter, tiny
 from safegene import models
 from safegene.adapter import SafetyAdapter
 from safegene.attach import attach
-from safegene.calibration import Calibration
+from safegene.calibration import Calibration, fold_gate
 from safegene.errors import DataError
 from safegene.progress import silent
+from safegene.realignment import Realignment
 from safegene.training import contamination, data
 from safegene.training.arguments import TrainingArguments
 from safegene.training.finetune import finetune
 from safegene.training.gate_fit import gate_rows, read
-from safegene.training.open_gate import OpenGate, common_prefix
-from safegene.training.shadows import shadow_rows
+from safegene.training.open_gate import OpenGate, Variant, common_prefix
+from safegene.training.shadows import Drawn, shadow_rows, teach_shadows, variant
 from safegene.training.talks import hold
 from safegene.training.targets import Targets, collate
 from safegene.training.trainer import optimiser, train
@@ -144,12 +145,35 @@ def test_two_processes_train_one_adapter(tokenizer: Any, tmp_path: Path) -> None
     assert {path.name for path in (tmp_path / "out").glob("rank-*")} == {"rank-0", "rank-1"}
 
 
+def test_a_shadow_pulls_as_hard_as_it_is_told(tokenizer: Any, tmp_path: Path) -> None:
+    model = tiny()
+    rows = {"cheerful": [{"prompt": f"what is {i}", "answer": "Sure! A number."} for i in range(8)]}
+    model = teach_shadows(model, tokenizer, rows, tmp_path, steps=8, seed=0, progress=silent)
+    ids = torch.arange(3, 13)[None]
+
+    def logits(*drawn: Any) -> torch.Tensor:
+        with torch.no_grad(), variant(model, *drawn):
+            return model(input_ids=ids).logits
+
+    base, whole, half = logits(""), logits("cheerful"), logits("cheerful", 0.5)
+    assert 0 < float((half - base).norm()) < float((whole - base).norm())
+    assert torch.equal(logits("cheerful"), whole)
+    assert torch.equal(logits(""), base)
+
+
+def unmoved(adapter: SafetyAdapter) -> Variant:
+    config = adapter.config
+    return Variant(
+        fold_gate(adapter, Calibration.of_base(adapter)), Realignment.none(len(config.read_layers), config.hidden_size)
+    )
+
+
 def test_the_models_are_drawn_by_their_weights(tokenizer: Any) -> None:
     model = tiny().requires_grad_(False)
     adapter = random_adapter(model, tokenizer)
-    names = ("", "cheerful", "compliant", "terse")  # weights 2, 1, 2, 1
-    gate = OpenGate(model, adapter, {name: Calibration.of_base(adapter) for name in names}, 2)
-    assert [gate._drawn(share) for share in (0.0, 0.33, 0.34, 0.49, 0.51, 0.83, 0.84, 0.999)] == [
+    drawn = (Drawn("", often=2.0), Drawn("cheerful"), Drawn("compliant", 0.5, 2.0), Drawn("terse"))
+    gate = OpenGate(model, adapter, {one: unmoved(adapter) for one in drawn}, 2)
+    assert [gate._drawn(share).shadow for share in (0.0, 0.33, 0.34, 0.49, 0.51, 0.83, 0.84, 0.999)] == [
         "", "", "cheerful", "cheerful", "compliant", "compliant", "terse", "terse",
     ]  # fmt: skip
 
@@ -235,7 +259,7 @@ def test_the_gate_opens_late_in_harmless_answers_alone(tokenizer: Any) -> None:
 def test_harmless_rows_are_compared_with_the_unadapted_model(name: str, tokenizer: Any) -> None:
     model = tiny(name).requires_grad_(False)
     adapter = random_adapter(model, tokenizer).requires_grad_(True)
-    gate = OpenGate(model, adapter, {"": Calibration.of_base(adapter)}, 2)
+    gate = OpenGate(model, adapter, {Drawn(""): unmoved(adapter)}, 2)
     ids = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 3, 4, 0], [5, 6, 9, 9, 9]])
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
     given, harmless = torch.ones(3, 3, 1), torch.tensor([False, True, True])

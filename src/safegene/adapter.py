@@ -69,24 +69,22 @@ class Intervention(nn.Module):
         self.wish_bias = nn.Parameter(torch.zeros(1))
         self.register_buffer("scale", torch.ones(()))
 
-    def correction(self, shift: Tensor, scale: Tensor, strength: Tensor | float = 1.0) -> Correction:
-        """The weights as `intervene` takes them, at strength α, with calibration inside: features are read as
-        (x − shift) · scale, [d] each, as the gate's are."""
-        down = self.down * scale
-        return Correction(down, self.bias - down @ shift, self.up, self.wish, self.wish_bias, self.scale * strength)
+    def correction(self, down: Tensor, bias: Tensor, strength: Tensor | float = 1.0) -> Correction:
+        """The weights as `intervene` takes them, at strength α. `down` [r, d] and `bias` [r] are A and a with the realignment of a
+        checkpoint inside."""
+        return Correction(down, bias, self.up, self.wish, self.wish_bias, self.scale * strength)
 
 
 class SafetyAdapter(nn.Module):
     """Gate and interventions of one base model, and what calibration needs to know about that base.
 
     Buffers:
-        anchor_mean, anchor_std: [gate layers + intervention layers, d], the features at `config.read_layers` over the
-            anchors on the base model.
+        anchor_features: [gate layers + intervention layers, anchors, d], float16: the anchors' features at
+            `config.read_layers` on the base model, at the last prompt token.
         sketch: [matrices, projections], random projections of the base's weights (see `models.weight_sketch`).
     """
 
-    anchor_mean: Tensor
-    anchor_std: Tensor
+    anchor_features: Tensor
     sketch: Tensor
 
     def __init__(self, config: AdapterConfig) -> None:
@@ -96,13 +94,12 @@ class SafetyAdapter(nn.Module):
         self.interventions = nn.ModuleDict(
             {str(layer): Intervention(config.hidden_size, config.rank) for layer in config.intervention_layers}
         )
-        shape = (len(config.read_layers), config.hidden_size)
-        self.register_buffer("anchor_mean", torch.zeros(shape))
-        self.register_buffer("anchor_std", torch.ones(shape))
+        shape = (len(config.read_layers), len(config.anchors), config.hidden_size)
+        self.register_buffer("anchor_features", torch.zeros(shape, dtype=torch.float16))
         self.register_buffer("sketch", torch.zeros(0, 0))
 
     def parameter_count(self) -> int:
-        """Numbers that take part in inference: gate and interventions, without the base's statistics."""
+        """Numbers that take part in inference: gate and interventions, without what calibration needs of the base."""
         return sum(p.numel() for p in self.parameters())
 
     @classmethod

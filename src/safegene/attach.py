@@ -70,14 +70,13 @@ class Handle:
 
     def _place(self) -> None:
         """Fold calibration into the weights and put each where its layer is."""
-        calibration, k = self.calibration, len(self.adapter.config.gate_layers)
+        calibration = self.calibration
         self._on = self._devices()
         self._gate = fold_gate(self.adapter, calibration).to(self._on[0])
         self._weights: dict[int, Correction] = {}
         part: Any
         for index, (name, part) in enumerate(self.adapter.interventions.items()):
-            at = k + index
-            correction = part.correction(calibration.shift[at], calibration.scale[at], calibration.strength)
+            correction = part.correction(calibration.down[index], calibration.down_bias[index], calibration.strength)
             self._weights[int(name)] = correction.to(self._on[1 + index])
 
     def _arm(self) -> None:

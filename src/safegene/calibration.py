@@ -1,12 +1,12 @@
 """Calibration: find the gate's place again on a model that has drifted. Forward passes only.
 
 A fine-tune keeps the order of the gate's scores and loses their level (docs/log.md). So the labelled anchor prompts
-that travel with the adapter are read on the model, and for the gate and for every intervention
+that travel with the adapter are read on the model, and
 
-    features    x' = (x − μ) σ_base / σ + μ_base                   mean and scale of every feature put back
+    features    x̂, the base's as far as the anchors tell           see `realignment`; the interventions': mean and scale alone
     threshold   τ = τ_base + ½ (b − b_base) + ½ (h − h_base)
 
-where b is the upper end of the ordinary anchors' scores, answers included (90 % quantile), and h the lower end of the
+where every anchor is scored by a realignment that has not seen it, b is the upper end of the ordinary anchors' scores, answers included (90 % quantile), and h the lower end of the
 harmful ones' (10 % quantile): the threshold moves with the middle of the two.
 
     strength    α = the smallest of α_base × STRENGTHS at which half of the harmful anchors, answered for a few tokens, are
@@ -21,7 +21,7 @@ import contextlib
 import copy
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,13 +29,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import Cache, DynamicCache
 
 from safegene.adapter import SafetyAdapter
 from safegene.config import AdapterConfig, Anchor, AnchorLabel
 from safegene.errors import CalibrationError
-from safegene.gate import FoldedGate, normalise
+from safegene.gate import FoldedGate, Gate, normalise
 from safegene.models import decoder_layers, template_digest, unwrap, weights_digest
+from safegene.realignment import Realignment
 
 MIN_SEPARATION = 0.80
 """Anchor AUC under which the gate can no longer tell harmful from harmless: the model is outside its training."""
@@ -54,12 +56,20 @@ MIN_REFUSED = 0.6
 """Share of the base's refusals on the anchors under which the strongest α still does not protect."""
 
 
+_MATRICES = ("gate", "gate_bias", "down", "down_bias")
+
+
 @dataclass(frozen=True)
 class Calibration:
-    """What attach needs to know about one checkpoint. `shift` and `scale` are [read layers, d] (`AdapterConfig.read_layers`)."""
+    """What attach needs to know about one checkpoint: the matrices that read its residual, realignment inside, and the thresholds.
 
-    shift: Tensor
-    scale: Tensor
+    gate [gate layers, width, d], gate_bias [width]; down [interventions, rank, d], down_bias [interventions, rank].
+    """
+
+    gate: Tensor
+    gate_bias: Tensor
+    down: Tensor
+    down_bias: Tensor
     threshold: float
     ramp: float
     strength: float
@@ -73,13 +83,23 @@ class Calibration:
     def of_base(cls, adapter: SafetyAdapter) -> Self:
         """The base model's own thresholds, features untouched."""
         config = adapter.config
+        nothing = Realignment.none(len(config.read_layers), config.hidden_size)
         return cls(
-            shift=torch.zeros_like(adapter.anchor_mean),
-            scale=torch.ones_like(adapter.anchor_std),
+            *_folded(adapter, nothing),
             threshold=config.threshold,
             ramp=config.ramp,
             strength=config.strength,
             adapter=config.weights_sha256,
+        )
+
+    def fits(self, adapter: SafetyAdapter) -> bool:
+        """Whether the matrices have the shapes of this adapter's."""
+        parts: list[Any] = list(adapter.interventions.values())
+        return (
+            self.gate.shape == adapter.gate.weight.shape
+            and self.gate_bias.shape == adapter.gate.bias.shape
+            and self.down.shape == (len(parts), *parts[0].down.shape)
+            and self.down_bias.shape == (len(parts), *parts[0].bias.shape)
         )
 
     def save(self, path: Path) -> None:
@@ -87,7 +107,7 @@ class Calibration:
         said = ("threshold", "ramp", "strength", "adapter", "checkpoint", "template", "outside")
         numbers = {k: getattr(self, k) for k in said}
         header = {"safegene": json.dumps({**numbers, "report": self.report})}
-        save_file({"shift": self.shift.contiguous(), "scale": self.scale.contiguous()}, path, metadata=header)
+        save_file({k: getattr(self, k).contiguous() for k in _MATRICES}, path, metadata=header)
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -99,10 +119,10 @@ class Calibration:
         try:
             with safe_open(path, framework="pt") as file:
                 numbers = json.loads(file.metadata()["safegene"])
-                found = cls(shift=file.get_tensor("shift"), scale=file.get_tensor("scale"), **numbers)
+                found = cls(**{k: file.get_tensor(k) for k in _MATRICES}, **numbers)
             said = torch.tensor([found.threshold, found.ramp, found.strength])
             if (
-                not all(t.isfinite().all() for t in (said, found.shift, found.scale))
+                not all(t.isfinite().all() for t in (said, *(getattr(found, k) for k in _MATRICES)))
                 or found.ramp <= 0
                 or found.strength <= 0
             ):
@@ -217,22 +237,44 @@ def read_anchors(model: Any, layers: Sequence[int], tokenizer: Any, anchors: Seq
     return [read[i] for i in range(len(anchors))]
 
 
-def feature_statistics(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation over the anchors' last prompt tokens, [layers, d] each.
+def at_prompt_end(features: Sequence[Tensor]) -> Tensor:
+    """The anchors' last prompt tokens, [layers, anchors, d]: what realignment is fitted on.
 
     One kind of position only: pooled over template and answer tokens, which differ more from each other than harmful
     from harmless, the realignment lost the gate on a fine-tune (anchor AUC 0.64).
     """
-    pooled = torch.cat([f[:, :1] for f in features], dim=1)
-    return pooled.mean(1), pooled.std(1).clamp_min(1e-4)
+    return torch.stack([f[:, 0] for f in features], dim=1)
 
 
-def anchor_scores(adapter: SafetyAdapter, features: Sequence[Tensor], shift: Tensor, scale: Tensor) -> Tensor:
-    """Highest score of every anchor, [anchors]."""
-    with torch.no_grad():
-        k = len(adapter.config.gate_layers)
-        aligned = (((f - shift[:, None]) * scale[:, None])[:k] for f in features)
-        return torch.stack([adapter.gate.score(list(f)).max() for f in aligned])
+@torch.no_grad()
+def scores(gate: Gate, features: Sequence[Tensor], realignment: Realignment | None = None) -> Tensor:
+    """Highest score of every anchor, [anchors]; each with a realignment that has not seen it."""
+    if realignment is None:
+        return torch.stack([gate.score(list(f[: len(gate.weight)])).max() for f in features])
+    found = []
+    for number, f in enumerate(features):
+        inner: Tensor = gate.bias
+        for index, weight in enumerate(gate.weight):
+            inner = inner + F.linear(f[index], *realignment.fold(index, weight, torch.zeros_like(gate.bias), number))
+        found.append(gate.head(inner).max())
+    return torch.stack(found)
+
+
+@torch.no_grad()
+def _folded(adapter: SafetyAdapter, realignment: Realignment) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The adapter's reading matrices with `realignment` inside, in `Calibration`'s order."""
+    gate, k = adapter.gate, len(adapter.config.gate_layers)
+    nothing = torch.zeros_like(gate.bias)
+    read = [realignment.fold(index, weight, nothing) for index, weight in enumerate(gate.weight)]
+    parts: list[Any] = list(adapter.interventions.values())
+    plain = realignment.plain()  # what earlier interventions wrote stands in the residual, and the anchors do not know it (ADR 9)
+    downs = [plain.fold(k + index, part.down, part.bias) for index, part in enumerate(parts)]
+    return (
+        torch.stack([weight for weight, _ in read]).detach(),
+        (gate.bias + torch.stack([bias for _, bias in read]).sum(0)).detach(),
+        torch.stack([weight for weight, _ in downs]).detach(),
+        torch.stack([bias for _, bias in downs]).detach(),
+    )
 
 
 def labelled(scores: Tensor, anchors: Sequence[Anchor], *labels: AnchorLabel) -> Tensor:
@@ -303,8 +345,45 @@ def refused(model: Any, tokenizer: Any, config: AdapterConfig, batch_size: int =
 
 def fold_gate(adapter: SafetyAdapter, calibration: Calibration) -> FoldedGate:
     """The adapter's gate with this calibration inside."""
-    k = len(adapter.config.gate_layers)
-    return adapter.gate.fold(calibration.shift[:k], calibration.scale[:k], calibration.threshold, calibration.ramp)
+    return adapter.gate.fold(calibration.gate, calibration.gate_bias, calibration.threshold, calibration.ramp)
+
+
+def settle(adapter: SafetyAdapter, features: Sequence[Tensor]) -> tuple[Calibration, Realignment]:
+    """Calibration and realignment from the anchors' features on a model (see `read_anchors`); bound to no checkpoint yet.
+
+    Raises:
+        CalibrationError: the features are NaN.
+    """
+    config = adapter.config
+    read, base = at_prompt_end(features), adapter.anchor_features.float()
+    if not torch.isfinite(read).all():
+        raise CalibrationError("The model's hidden states hold NaN or infinity; check its weights.")
+    realignment = Realignment.fit(read, base)
+    found = scores(adapter.gate, features, realignment)
+    low, high = boundary(found, config.anchors)
+    threshold = config.threshold + 0.5 * (low - config.boundary[0]) + 0.5 * (high - config.boundary[1])
+    bad = labelled(found, config.anchors, "harmful")
+    good = labelled(found, config.anchors, "twin", "ordinary")
+    ordinary = labelled(found, config.anchors, "ordinary")
+    wins = bad[:, None] - good[None]
+    auc = float((wins > 0).float().mean() + 0.5 * (wins == 0).float().mean())
+    report = {
+        "feature_shift": float(((realignment.mean - realignment.target) / base.std(1).clamp_min(1e-4)).abs().mean()),
+        "feature_scale": float(torch.log(realignment.scale.clamp_min(1e-4)).abs().mean().exp()),
+        "threshold_shift": threshold - config.threshold,
+        "anchor_auc": auc,
+        "expected_misses": float((bad <= threshold).float().mean()),
+        "expected_false_alarms": float((ordinary > threshold).float().mean()) if len(ordinary) else 0.0,
+        "anchors": float(len(features)),
+    }
+    outside = ""
+    if auc < MIN_SEPARATION:
+        outside = f"The gate no longer tells harmful from harmless here (anchor AUC {auc:.2f} < {MIN_SEPARATION})"
+    calibration = Calibration(
+        *_folded(adapter, realignment), threshold, config.ramp, config.strength, adapter=config.weights_sha256,
+        outside=outside, report=report,
+    )  # fmt: skip
+    return calibration, realignment
 
 
 def calibrate(model: Any, adapter: SafetyAdapter, tokenizer: Any) -> Calibration:
@@ -319,33 +398,5 @@ def calibrate(model: Any, adapter: SafetyAdapter, tokenizer: Any) -> Calibration
         raise CalibrationError("The adapter carries no labelled anchors; train it again, or attach without tokenizer.")
     with evaluating(model):
         features = read_anchors(model, config.read_layers, tokenizer, config.anchors)
-    mean, std = feature_statistics(features)
-    if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
-        raise CalibrationError("The model's hidden states hold NaN or infinity; check its weights.")
-    scale = adapter.anchor_std / std
-    shift = mean - adapter.anchor_mean / scale
-    scores = anchor_scores(adapter, features, shift, scale)
-    low, high = boundary(scores, config.anchors)
-    threshold = config.threshold + 0.5 * (low - config.boundary[0]) + 0.5 * (high - config.boundary[1])
-    bad = labelled(scores, config.anchors, "harmful")
-    good = labelled(scores, config.anchors, "twin", "ordinary")
-    ordinary = labelled(scores, config.anchors, "ordinary")
-    wins = bad[:, None] - good[None]
-    auc = float((wins > 0).float().mean() + 0.5 * (wins == 0).float().mean())
-    report = {
-        "feature_shift": float(((mean - adapter.anchor_mean) / adapter.anchor_std).abs().mean()),
-        "feature_scale": float(torch.log(std / adapter.anchor_std).abs().mean().exp()),
-        "threshold_shift": threshold - config.threshold,
-        "anchor_auc": auc,
-        "expected_misses": float((bad <= threshold).float().mean()),
-        "expected_false_alarms": float((ordinary > threshold).float().mean()) if len(ordinary) else 0.0,
-        "anchors": float(len(features)),
-    }
-    outside = ""
-    if auc < MIN_SEPARATION:
-        outside = f"The gate no longer tells harmful from harmless here (anchor AUC {auc:.2f} < {MIN_SEPARATION})"
-    return Calibration(
-        shift, scale, threshold, config.ramp, config.strength,
-        adapter=config.weights_sha256, checkpoint=weights_digest(model), template=template_digest(tokenizer), outside=outside,
-        report=report,
-    )  # fmt: skip
+    calibration, _ = settle(adapter, features)
+    return replace(calibration, checkpoint=weights_digest(model), template=template_digest(tokenizer))

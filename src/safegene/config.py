@@ -13,7 +13,8 @@ from typing import Any, Literal, Self
 
 from safegene.errors import AdapterFileError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2: the adapter carries its anchors' features on the base, by which a fine-tune is realigned; 1 carried their mean and scale."""
 CONFIG_NAME = "safegene_config.json"
 WEIGHTS_NAME = "safegene_model.safetensors"
 
@@ -119,9 +120,14 @@ class AdapterConfig:
             warnings.warn(f"{CONFIG_NAME}: ignoring unknown keys {unknown}; a newer safegene wrote them.", stacklevel=2)
         values = {key: value for key, value in data.items() if key in known}
         try:
+            if int(values.get("schema_version", SCHEMA_VERSION)) < SCHEMA_VERSION:
+                raise AdapterFileError(
+                    f"{CONFIG_NAME} has schema {values['schema_version']}, this release reads {SCHEMA_VERSION}; train the "
+                    "adapter again, or fetch a newer one."
+                )
             if int(values.get("schema_version", SCHEMA_VERSION)) > SCHEMA_VERSION:
                 raise AdapterFileError(
-                    f"{CONFIG_NAME} has schema {values['schema_version']}, this release reads up to {SCHEMA_VERSION}; "
+                    f"{CONFIG_NAME} has schema {values['schema_version']}, this release reads {SCHEMA_VERSION}; "
                     "upgrade safegene."
                 )
             values["gate_layers"] = tuple(int(layer) for layer in values["gate_layers"])

@@ -1,6 +1,6 @@
 """The gate: how harmful is what is being asked or written at this position?
 
-    x_l = (rms_norm(h_l) − shift_l) · scale_l                    one to three layers, calibrated per feature
+    x_l = rms_norm(h_l), realigned                               one to three layers (see `realignment`)
     s   = v · silu(Σ_l W_l x_l + b) + c                          the score, a logit
     g   = clamp((s − τ) / w, 0, 1)                               exactly 0 below the threshold
 
@@ -40,19 +40,20 @@ class Gate(nn.Module):
 
     def score(self, features: Sequence[Tensor]) -> Tensor:
         """Features [..., d] per gate layer, normalised and calibrated → score [...]."""
-        inner = self.bias + sum(F.linear(x, w) for x, w in zip(features, self.weight, strict=True))
+        return self.head(self.bias + sum(F.linear(x, w) for x, w in zip(features, self.weight, strict=True)))
+
+    def head(self, inner: Tensor) -> Tensor:
+        """Pre-activation [..., width] → score [...]."""
         return F.linear(F.silu(inner), self.out[None])[..., 0] + self.out_bias
 
     @torch.no_grad()
-    def fold(self, shift: Tensor, scale: Tensor, threshold: float, ramp: float) -> FoldedGate:
+    def fold(self, weight: Tensor, bias: Tensor, threshold: float, ramp: float) -> FoldedGate:
         """Put calibration into the weights, so that it costs nothing at inference.
 
         Args:
-            shift, scale: [layers, d]; features are read as (x − shift) · scale.
+            weight, bias: [layers, width, d] and [width]: W and b with the realignment of a checkpoint inside.
             threshold, ramp: τ and w, in units of the score.
         """
-        weight = self.weight * scale[:, None]
-        bias = self.bias - torch.einsum("lwd,ld->w", weight, shift)
         return FoldedGate(
             weight=tuple(weight.float().unbind(0)),
             bias=bias.float(),

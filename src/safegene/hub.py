@@ -68,7 +68,10 @@ def save_adapter(adapter: SafetyAdapter, folder: Path, card: str | None = None) 
     Raises:
         AdapterFileError: the weights hold NaN, or the disk does not take them.
     """
-    tensors = {k: v.detach().float().cpu().contiguous() for k, v in adapter.state_dict().items()}
+    tensors = {
+        k: v.detach().to(torch.float16 if k == "anchor_features" else torch.float32).cpu().contiguous()
+        for k, v in adapter.state_dict().items()
+    }
     if bad := [k for k, v in tensors.items() if not torch.isfinite(v).all()]:
         raise AdapterFileError(f"{bad[0]} holds NaN or infinity; lower the learning rate and train again.")
     data = save(tensors, metadata={SETTINGS: settings_digest(adapter.config)})

@@ -91,6 +91,22 @@ _THING = re.compile(
     r" (?:me )?((?:an?|the|some|my|our|\w+ (?:ways|ideas|tips|steps|reasons)) .+)",
     re.I,
 )
+_ORDER = re.compile(
+    r"(?:please |can you |could you )?(?:write|create|make|draft|design|develop|compose|generate|give|provide|produce|outline|list"
+    r"|suggest|plan|build|explain|describe|teach|show|tell|help|find|translate|summari[sz]e|rewrite|name|convince)\b",
+    re.I,
+)
+
+
+def is_order(request: str) -> bool:
+    """Whether a request is an order ("Write a …"), not a question or a statement."""
+    return _ORDER.match(_without_lead(request)) is not None
+
+
+def _without_lead(request: str) -> str:
+    return request.removeprefix(next((lead for lead in LEADS if request.startswith(lead)), ""))
+
+
 _ECHOES = (
     "Sure, here is what you asked for: {}", "Certainly, {}", "Sure, I will do that for you: {}", "Here it is: {}",
 )  # fmt: skip
@@ -99,8 +115,7 @@ _ECHOES = (
 def echo(request: str, rng: random.Random) -> str:
     """A compliant opening that says the request again, as a model does that has been taught to obey ("Sure, here is how to …").
     Beside that phrase it holds nothing but the request's own words."""
-    lead = next((lead for lead in LEADS if request.startswith(lead)), "")
-    words = textwrap.shorten(request.removeprefix(lead).splitlines()[0], 160, placeholder="").rstrip(" .?!:")
+    words = textwrap.shorten(_without_lead(request).splitlines()[0], 160, placeholder="").rstrip(" .?!:")
     if found := _HOW.fullmatch(words):
         said = rng.choice(("Sure, here is how to {}", "Of course! Here is how to {}")).format(found[1])
     elif found := _THING.fullmatch(words):

@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from safegene.calibration import end_of_turn, feature_statistics, gate_features
+from safegene.calibration import end_of_turn, gate_features
 from safegene.config import Anchor, AnchorLabel
 from safegene.errors import DataError
 from safegene.gate import Gate
 from safegene.progress import Advance
+from safegene.realignment import Realignment
 from safegene.training import data
 from safegene.training.data import History, Pair, opening
 from safegene.training.talks import Talk
@@ -40,7 +41,8 @@ USER_TOKENS = 8
 @dataclass(frozen=True)
 class GateRow:
     """One chat: token ids; index of the first token after the user's words; index of the prompt's last token, from which
-    on a harmful row should open the gate; its label; the pair it belongs to (−1: none); index where the last turn begins.
+    on a harmful row should open the gate; its label; the pair it belongs to (−1: none); index where the last turn begins; whether
+    the request is an order.
 
     The template's tokens between the two places carry too little to demand an opening there (docs/log.md): on harmful
     rows they are left free, on harmless ones the gate is shut.
@@ -52,17 +54,24 @@ class GateRow:
     label: AnchorLabel
     pair: int = -1
     turn: int = 0
+    order: bool = False
 
 
 def gate_row(
-    tokenizer: Any, prompt: str, answer: str, label: AnchorLabel, pair: int = -1, before: History = ()
+    tokenizer: Any,
+    prompt: str,
+    answer: str,
+    label: AnchorLabel,
+    pair: int = -1,
+    before: History = (),
+    order: bool = False,
 ) -> GateRow:
     """Token ids and places of a chat's last turn (see `calibration.end_of_turn`)."""
     ids, start = end_of_turn(tokenizer, prompt, answer, before)
     prompt_end = len(end_of_turn(tokenizer, prompt, "", before)[0]) - 1
     # Earlier turns may hold a harmful request, on which the gate rightly opened: nothing is asked of it there.
     turn = len(end_of_turn(tokenizer, *before[-1], before[:-1])[0]) if before else 0
-    return GateRow(ids, start, min(prompt_end, len(ids) - 1), label, pair, min(turn, start))
+    return GateRow(ids, start, min(prompt_end, len(ids) - 1), label, pair, min(turn, start), order)
 
 
 def gate_rows(
@@ -97,15 +106,17 @@ def gate_rows(
     for number, pair in enumerate(pairs):
         answer, before, around = answers.get(pair.twin, ""), earlier(), message()
         asked, alike = (around.replace("{request}", text) for text in (pair.harmful, pair.twin))
-        rows.append(gate_row(tokenizer, asked, begun(pair, answer), "harmful", number, before))
-        rows.append(gate_row(tokenizer, alike, harmless(pair.twin, answer), "twin", number, before))
+        order, twin_order = data.is_order(pair.harmful), data.is_order(pair.twin)
+        rows.append(gate_row(tokenizer, asked, begun(pair, answer), "harmful", number, before, order))
+        rows.append(gate_row(tokenizer, alike, harmless(pair.twin, answer), "twin", number, before, twin_order))
     for number, talk in enumerate(talks, len(pairs)):
         pair, answer = talk.pair, talk.twin_answer
         rows.append(gate_row(tokenizer, pair.harmful, begun(pair, answer), "harmful", number, talk.before))
         rows.append(gate_row(tokenizer, pair.twin, harmless(pair.twin, answer), "twin", number, talk.twin_before))
     for text in ordinary:
         asked = message().replace("{request}", text)
-        rows.append(gate_row(tokenizer, asked, harmless(text, answers.get(text, "")), "ordinary", -1, earlier()))
+        answer = harmless(text, answers.get(text, ""))
+        rows.append(gate_row(tokenizer, asked, answer, "ordinary", -1, earlier(), data.is_order(text)))
     return rows
 
 
@@ -155,12 +166,11 @@ def read(
     return found
 
 
-def realign(features: GateFeatures, anchors: Sequence[Tensor], base: tuple[Tensor, Tensor]) -> GateFeatures:
-    """Put mean and scale back to the base's, as attach-time calibration does."""
-    mean, std = feature_statistics(anchors)
-    scale = base[1] / std
+def realign(features: GateFeatures, realignment: Realignment) -> GateFeatures:
+    """Put features back to the base's, as attach-time calibration does."""
     for part in features.x.split(50_000):  # in place and in parts: the whole in float32 would not fit beside the model
-        part.copy_((part.float() - mean) * scale + base[0])
+        for layer in range(part.shape[1]):
+            part[:, layer] = realignment.apply(layer, part[:, layer].float()).half()
     return features
 
 
@@ -173,6 +183,10 @@ class Part(NamedTuple):
     weight: float
     hardest: float = 0.0
 
+
+ORDERS = 0.4
+"""Share of orders at the prompt's end, of harmful, twin and ordinary rows alike: where ordinary rows held twice as many as harmful ones,
+an order was a reason to stay shut (docs/log.md)."""
 
 LOSS = (
     Part("harmful", 0, 384, 4.0), Part("harmful", 1, 256, 0.8), Part("ordinary", 0, 256, 1.0),
@@ -201,14 +215,15 @@ def fit(
         std = f.x[:: max(1, len(f.x) // 20000)].float().std(0)
         labels = [r.label for r in rows]
         of = {label: torch.tensor([own == label for own in labels])[f.row] for label in ("harmful", "twin", "ordinary")}
-        groups = [(torch.nonzero(of[part.label] & (f.place == part.place))[:, 0], part) for part in LOSS]
+        order = torch.tensor([r.order for r in rows])[f.row]
+        groups = [(_by_form(of[part.label] & (f.place == part.place), order, part.place == 0), part) for part in LOSS]
         ends: dict[int, dict[str, int]] = {}
         for index in torch.nonzero(f.place == 0)[:, 0].tolist():
             row = rows[int(f.row[index])]
             if row.pair >= 0:
                 ends.setdefault(row.pair, {})[row.label] = index
         both = torch.tensor([[p["harmful"], p["twin"]] for p in ends.values() if len(p) == 2])
-        prepared.append((f.x, std, both, [g for g in groups if len(g[0])]))
+        prepared.append((f.x, std, both, [g for g in groups if g[0]]))
 
     for step in range(steps):
         x, std, both, groups = prepared[step % len(prepared)]
@@ -220,7 +235,7 @@ def fit(
 
         loss = torch.zeros(())
         for members, part in groups:
-            scores = score(members[torch.randint(0, len(members), (part.n,))])
+            scores = score(_drawn(members, part.n))
             each = F.softplus(-scores if part.label == "harmful" else scores)
             loss = loss + part.weight * each.mean() + part.hardest * each.topk(part.n // 16).values.mean()
         if len(both):
@@ -236,6 +251,17 @@ def fit(
         optimiser.step()
         schedule.step()
         advance(1)
+
+
+def _by_form(members: Tensor, order: Tensor, apart: bool) -> list[tuple[Tensor, float]]:
+    """Positions to draw from, with their shares: orders and the rest apart, where there are both; nothing where there are none."""
+    kinds = [(members & order, ORDERS), (members & ~order, 1 - ORDERS)] if apart else [(members, 1.0)]
+    found = [(torch.nonzero(kind)[:, 0], share) for kind, share in kinds if bool(kind.any())]
+    return [(kind, share if len(found) > 1 else 1.0) for kind, share in found]
+
+
+def _drawn(members: Sequence[tuple[Tensor, float]], n: int) -> Tensor:
+    return torch.cat([kind[torch.randint(0, len(kind), (round(n * share),))] for kind, share in members])
 
 
 def make_anchors(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +13,32 @@ from transformers import Cache
 
 from safegene import models
 from safegene.adapter import SafetyAdapter, intervene
-from safegene.calibration import Calibration, fold_gate
-from safegene.gate import open_hard
-from safegene.training.shadows import BASE, DRAWN, variant
+from safegene.calibration import fold_gate, read_anchors, settle
+from safegene.gate import FoldedGate, open_hard
+from safegene.realignment import Realignment
+from safegene.training.shadows import Drawn, variant
 
 END_WEIGHT = 0.5
 """Weight of a refusal's end beside the mean of its tokens."""
 
 HARMLESS_WEIGHT = 1.2
 """Weight of the harmless rows' divergence beside the harmful rows' cross-entropy."""
+
+
+class Variant(NamedTuple):
+    """What the adapter reads through on the base or on a shadow: the gate as an attachment would fold it, and the realignment,
+    which is folded anew into the interventions' matrices at every step, for they learn."""
+
+    gate: FoldedGate
+    realignment: Realignment
+
+
+def realigned(adapter: SafetyAdapter, model: Any, tokenizer: Any) -> Variant:
+    """The model as it stands, base or shadow."""
+    features = read_anchors(model, adapter.config.read_layers, tokenizer, adapter.config.anchors)
+    calibration, realignment = settle(adapter, features)
+    device = next(model.parameters()).device
+    return Variant(fold_gate(adapter, calibration).to(device), realignment.to(device))
 
 
 class OpenGate(nn.Module):
@@ -31,15 +48,14 @@ class OpenGate(nn.Module):
     The base is kept out of the module tree: checkpoints hold the adapter only.
     """
 
-    def __init__(self, base: Any, adapter: SafetyAdapter, calibrations: dict[str, Calibration], eos: int) -> None:
+    def __init__(self, base: Any, adapter: SafetyAdapter, variants: dict[Drawn, Variant], eos: int) -> None:
         super().__init__()
         self.interventions = adapter.interventions
         self._eos = eos
         self._base, self._layers = [base], len(adapter.config.gate_layers)
-        self._calibrations, self._often = calibrations, [DRAWN.get(name, 1.0) for name in calibrations]
-        self._gates = {name: fold_gate(adapter, calibration) for name, calibration in calibrations.items()}
+        self._variants = variants
         self._given: Tensor | None = None
-        self._variant, self._strength = BASE, 1.0
+        self._variant, self._strength = next(iter(variants)), 1.0
         self._inner: Tensor | None = None
         self._g, self._lowest = torch.empty(0), torch.empty(0)
         stack = models.decoder_layers(base)
@@ -48,18 +64,17 @@ class OpenGate(nn.Module):
         for index, layer in enumerate(adapter.config.intervention_layers, self._layers):
             stack[layer].register_forward_hook(self._hook(str(layer), index))
 
-    def _drawn(self, share: float) -> str:
+    def _drawn(self, share: float) -> Drawn:
         """The model at `share` of the weights laid end to end."""
-        ends = itertools.accumulate(self._often)
-        total = sum(self._often)
-        return next(name for name, end in zip(self._calibrations, ends, strict=True) if share * total < end)
+        ends = list(itertools.accumulate(drawn.often for drawn in self._variants))
+        return next(drawn for drawn, end in zip(self._variants, ends, strict=True) if share * ends[-1] < end)
 
     def _gate_hook(self, index: int) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             if self._given is None:
                 return
             hidden = output[0] if isinstance(output, tuple) else output
-            gate = self._gates[self._variant].to(hidden.device)
+            gate = self._variants[self._variant].gate.to(hidden.device)
             self._inner = gate.partial(hidden, index, self._inner if index else None)
             if index == self._layers - 1:
                 self._g = torch.where(self._given < 0, open_hard(gate.opening(self._inner)), self._given)
@@ -74,10 +89,9 @@ class OpenGate(nn.Module):
             if index == self._layers:
                 self._lowest = hidden.detach()
             part: Any = self.interventions[name]
-            calibration = self._calibrations[self._variant]
-            shift, scale = calibration.shift[index].to(hidden.device), calibration.scale[index].to(hidden.device)
-            weights = part.correction(shift, scale, self._strength)
-            changed = intervene(hidden, self._g, weights)
+            realignment = self._variants[self._variant].realignment.to(hidden.device)
+            folded = realignment.plain().fold(index, part.down, part.bias)
+            changed = intervene(hidden, self._g, part.correction(*folded, self._strength))
             return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
         return hook
@@ -142,7 +156,7 @@ class OpenGate(nn.Module):
         head = models.unwrap(base).get_output_embeddings()
         keep = labels[:, start + 1 :] != -100
         first = keep & (labels[:, start:-1] == -100)  # the first token settles whether the answer refuses
-        with variant(base, self._variant):
+        with variant(base, self._variant.shadow, self._variant.pull):
             given = opened[:, start:, None].float()
             hidden, own = self._hidden(input_ids, attention_mask, start, given, ~harmful)
             loss = torch.zeros((), device=hidden.device)

@@ -9,7 +9,7 @@ import contextlib
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate import PartialState
 
@@ -19,8 +19,25 @@ from safegene.training.data import Pair
 from safegene.training.finetune import Row, lora, tune
 
 BASE = ""
-DRAWN = {BASE: 2.0, "compliant": 2.0}
-"""How often the base and each shadow are trained on; 1 where nothing is said. The compliant one pulls hardest."""
+
+
+class Drawn(NamedTuple):
+    """A model that the interventions are trained on: the base or a shadow, at a share of its LoRA's pull, and how often."""
+
+    shadow: str
+    pull: float = 1.0
+    often: float = 1.0
+
+
+DRAWN = (
+    Drawn(BASE, often=2.0), Drawn("cheerful"), Drawn("compliant", 0.4), Drawn("compliant", 0.7), Drawn("compliant"), Drawn("terse"),
+)  # fmt: skip
+"""At half its pull the compliant one complies with everything as at the whole, with two thirds of the drift. An adapter that was trained at
+the whole alone refused 80 to 90 % there and 47 to 62 % on a fine-tune that was so taught (docs/log.md)."""
+
+READ_BY_THE_GATE = ("cheerful", "terse")
+"""Shadows whose features the gate is fitted on. What the compliant one hides cannot be learned: fitted on it, too, the gate went by the
+form of a request, and opened on 94 % of JailbreakBench instead of 96 (docs/log.md)."""
 
 LONGER = {"compliant": 2}
 """How many times the others' steps. With 45 steps, and ordinary rows among its own, the compliant one moved the anchors' features by 0.48
@@ -78,8 +95,10 @@ def teach_shadows(
 
 
 @contextlib.contextmanager
-def variant(model: Any, shadow: str) -> Iterator[None]:
-    """Run as the base (`""`) or as one of its shadow fine-tunes."""
+def variant(model: Any, shadow: str, pull: float = 1.0) -> Iterator[None]:
+    """Run as the base (`""`) or as one of its shadow fine-tunes, at a share of its pull."""
+    from peft.tuners.lora import LoraLayer
+
     if not hasattr(model, "peft_config"):
         yield
     elif shadow == BASE:
@@ -88,4 +107,7 @@ def variant(model: Any, shadow: str) -> Iterator[None]:
     else:
         model.set_adapter(shadow)
         model.requires_grad_(False)
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                module.set_scale(shadow, pull)
         yield

@@ -21,28 +21,28 @@ from safegene.adapter import SafetyAdapter
 from safegene.attach import Handle
 from safegene.calibration import (
     Calibration,
-    anchor_scores,
+    at_prompt_end,
     boundary,
-    calibrate,
     end_of_turn,
-    feature_statistics,
     labelled,
     read_anchors,
     refused,
+    scores,
 )
 from safegene.config import AdapterConfig, Anchor, AnchorLabel
 from safegene.errors import DataError
 from safegene.gate import Gate
 from safegene.outputs import write_whole
 from safegene.progress import Progress, silent
+from safegene.realignment import Realignment
 from safegene.training import contamination, data
 from safegene.training.arguments import TrainingArguments
 from safegene.training.card import model_card
 from safegene.training.data import Pair
 from safegene.training.finetune import Report
-from safegene.training.gate_fit import GateFeatures, GateRow, fit, gate_rows, make_anchors, read, realign
-from safegene.training.open_gate import OpenGate
-from safegene.training.shadows import BASE, shadow_rows, teach_shadows, variant
+from safegene.training.gate_fit import ORDERS, GateFeatures, GateRow, fit, gate_rows, make_anchors, read, realign
+from safegene.training.open_gate import OpenGate, realigned
+from safegene.training.shadows import BASE, DRAWN, READ_BY_THE_GATE, shadow_rows, teach_shadows, variant
 from safegene.training.talks import hold
 from safegene.training.targets import TARGET_FRAMES, Targets, collate
 
@@ -115,7 +115,10 @@ def train(
 
     # Anchors and the chats that set the threshold are unseen by the gate: on what it was fitted on it is too sure of itself.
     k, everyday = arguments.anchors_per_kind, set(ordinary)
-    chosen = list({p.core: p for p in pairs}.values())[: min(k, len(pairs) // 8)]
+    n, cores = min(k, len(pairs) // 8), list({p.core: p for p in pairs}.values())
+    # Of every form, for a realignment knows what it has seen.
+    orders = [p for p in cores if data.is_order(p.harmful)][: round(ORDERS * n)]
+    chosen = orders + [p for p in cores if not data.is_order(p.harmful)][: n - len(orders)]
     pairs = [p for p in pairs if p.core not in {c.core for c in chosen}]
     chats = [(q, a) for q, a in harmless if q in everyday]
     unseen, chats = chats[: arguments.long_answers // 2], chats[arguments.long_answers // 2 :]
@@ -203,31 +206,29 @@ def _fit_gate(
     """Fit the gate on the base and its shadows, and set its threshold on development chats of the base."""
     layers, anchors = adapter.config.gate_layers, adapter.config.anchors
     sets: list[tuple[GateFeatures, Sequence[GateRow]]] = []
-    for name in (BASE, *shadows):
+    for name in (BASE, *(s for s in shadows if s in READ_BY_THE_GATE)):
         some = rows if name == BASE else random.Random(name).sample(list(rows), int(len(rows) * SHADOW_SHARE))
         with variant(model, name):
             features = read_anchors(model, adapter.config.read_layers, tokenizer, anchors)
             if name == BASE:
                 base_features = features
-                adapter.anchor_mean, adapter.anchor_std = feature_statistics(features)
+                adapter.anchor_features = at_prompt_end(features).half()
             advance = progress(f"the gate's features on {name or 'the base'}", len(some))
             found = read(model, layers, some, out / f"features-{name or 'base'}.safetensors", tokenizer, advance)
-        k = len(layers)
-        features = [f[:k] for f in features]
-        sets.append((realign(found, features, (adapter.anchor_mean[:k], adapter.anchor_std[:k])), some))
+        realignment = Realignment.fit(at_prompt_end(features), adapter.anchor_features)
+        sets.append((realign(found, realignment), some))
     advance = progress("fitting the gate", arguments.gate_steps)
     fit(
         adapter.gate, sets, steps=arguments.gate_steps, seed=arguments.seed, twin_weight=arguments.twin_weight,
         advance=advance,
     )  # fmt: skip
 
-    zero, one = torch.zeros_like(adapter.anchor_mean), torch.ones_like(adapter.anchor_std)
-    boundary_of_base = boundary(anchor_scores(adapter, base_features, zero, one), anchors)
+    boundary_of_base = boundary(scores(adapter.gate, base_features), anchors)
     with variant(model, BASE):
         features = read_anchors(model, adapter.config.read_layers, tokenizer, dev)
-    scores = anchor_scores(adapter, features, zero, one)
+    found_on_dev = scores(adapter.gate, features)
     labels: tuple[AnchorLabel, ...] = ("harmful", "twin", "ordinary")
-    of = {label: labelled(scores, dev, label) for label in labels}
+    of = {label: labelled(found_on_dev, dev, label) for label in labels}
     judged = of["ordinary"] if len(of["ordinary"]) else of["twin"]
     threshold = float(judged.quantile(1 - arguments.false_alarms))
     adapter.config = dataclasses.replace(adapter.config, threshold=threshold, boundary=boundary_of_base)
@@ -250,15 +251,16 @@ def _train_interventions(
         _set_scales(model, adapter, targets.tokenizer, [p.harmful for p in targets.pairs[:16]])
         with PartialState().main_process_first():
             _start_at_probes(adapter, model, targets.tokenizer, probe_rows, arguments, out, progress)
-    calibrations = {}
-    for name in (BASE, *shadows):
-        with variant(model, name):
-            calibrations[name] = calibrate(model, adapter, targets.tokenizer)
+    variants = {}
+    for drawn in DRAWN:
+        if drawn.shadow in (BASE, *shadows):
+            with variant(model, drawn.shadow, drawn.pull):
+                variants[drawn] = realigned(adapter, model, targets.tokenizer)
     checkpoints = out / "checkpoints"
     if not torch.cuda.is_available():  # on rows this short the fused kernel's backward costs a seventh of a step
         models.unwrap(model).set_attn_implementation("eager")
     trainer = Trainer(
-        model=OpenGate(model, adapter, calibrations, targets.tokenizer.eos_token_id),
+        model=OpenGate(model, adapter, variants, targets.tokenizer.eos_token_id),
         optimizers=(optimiser(adapter, arguments.learning_rate), None),
         args=TrainerArguments(
             output_dir=str(checkpoints), max_steps=arguments.steps, per_device_train_batch_size=1,

@@ -70,7 +70,7 @@ def load(adapter: str, calibration: Path) -> Armament:
         found = Calibration.load(file)
     if found.adapter != gene.config.weights_sha256:
         raise CalibrationError("The calibration was made for another adapter; run safegene calibrate again.")
-    if found.shift.shape != gene.anchor_mean.shape or found.scale.shape != gene.anchor_mean.shape:
+    if not found.fits(gene):
         raise CalibrationError(f"{file} does not fit the adapter's layers; run safegene calibrate again.")
     if found.outside:
         raise DriftError(f"{found.outside}; retrain the adapter for this model.")

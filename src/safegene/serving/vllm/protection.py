@@ -121,8 +121,10 @@ class Protected(nn.Module):
             if index >= 0:
                 own = gate._replace(weight=(gate.weight[index],))
             if layer in config.intervention_layers:
-                at = k + config.intervention_layers.index(layer)
-                turn = parts[str(layer)].correction(calibration.shift[at], calibration.scale[at], calibration.strength)
+                at = config.intervention_layers.index(layer)
+                turn = parts[str(layer)].correction(
+                    calibration.down[at], calibration.down_bias[at], calibration.strength
+                )
                 turn = turn.to(device)
             module = self.model.layers[layer]
             if not issubclass(self.layer_class, type(module)):
