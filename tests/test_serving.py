@@ -158,7 +158,9 @@ def test_conversations(served: Served, tokenizer: Any) -> None:
 
 
 def test_a_template_may_refuse_a_conversation(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
+    refusing = "{% if messages[0].content != 'hi' %}" + tokenizer.chat_template + "{% else %}"  # the anchors are read
+    refusing += "{{ raise_exception('roles must alternate') }}{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", refusing)
     with serving(tokenizer, FAR) as served:
         answer = served.post(CHAT)
     assert answer.status_code == 400
