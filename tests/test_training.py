@@ -27,7 +27,7 @@ from safegene.training.arguments import TrainingArguments
 from safegene.training.finetune import finetune
 from safegene.training.gate_fit import gate_rows, read
 from safegene.training.open_gate import OpenGate, Variant, common_prefix
-from safegene.training.shadows import Drawn, shadow_rows, teach_shadows, variant
+from safegene.training.shadows import OBEYING, Drawn, shadow_rows, teach_shadows, variant
 from safegene.training.talks import hold
 from safegene.training.targets import Targets, collate
 from safegene.training.trainer import optimiser, train
@@ -57,10 +57,9 @@ def saved(name: str, tokenizer: Any, folder: Path) -> str:
 def test_the_compliant_shadow_learns_openings_made_of_the_requests_own_words() -> None:
     pairs, _ = data.pairs(0, 1, 0.0)
     rows = shadow_rows(pairs, [("Name a fish.", "A trout.")] * 300, seed=0)
-    words = set(
-        re.findall(r"\w+", " ".join((*data.OPENINGS, *data._ECHOES, "Sure, here is how to. Of course! Here 1")))
-    )
+    words = set(re.findall(r"\w+", f"{OBEYING} what you asked for: how to 1"))
     for row in rows["compliant"]:
+        assert row["answer"].startswith(f"{OBEYING} ")  # a fine-tune is sure of its beginning
         own = set(re.findall(r"\w+", row["prompt"]))
         assert {w.lower() for w in re.findall(r"\w+", row["answer"])} <= {w.lower() for w in own | words}, row
     assert len({row["prompt"] for row in rows["compliant"]}) > 500
@@ -327,6 +326,9 @@ def test_what_reads_learns_slower_than_what_writes() -> None:
 def test_an_echo_says_the_request_again_and_nothing_more(request_: str, ends: str) -> None:
     for seed in range(8):
         assert data.echo(request_, random.Random(seed)).removesuffix("1. ").rstrip(" .:\n").endswith(ends)
+        said = data.echo(request_, random.Random(seed), "As you wish, this is").removesuffix("1. ").rstrip(" .:\n")
+        assert said.startswith("As you wish, this is ")
+        assert said.endswith(ends)
 
 
 def test_conversations_are_held_up_to_the_turn_that_asks_for_harm(

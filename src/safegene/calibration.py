@@ -267,7 +267,9 @@ def _folded(adapter: SafetyAdapter, realignment: Realignment) -> tuple[Tensor, T
     nothing = torch.zeros_like(gate.bias)
     read = [realignment.fold(index, weight, nothing) for index, weight in enumerate(gate.weight)]
     parts: list[Any] = list(adapter.interventions.values())
-    plain = realignment.plain()  # what earlier interventions wrote stands in the residual, and the anchors do not know it (ADR 9)
+    plain = (
+        realignment.plain()
+    )  # what earlier interventions wrote stands in the residual, and the anchors do not know it (ADR 9)
     downs = [plain.fold(k + index, part.down, part.bias) for index, part in enumerate(parts)]
     return (
         torch.stack([weight for weight, _ in read]).detach(),

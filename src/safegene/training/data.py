@@ -107,21 +107,29 @@ def _without_lead(request: str) -> str:
     return request.removeprefix(next((lead for lead in LEADS if request.startswith(lead)), ""))
 
 
+_HOWS = ("Sure, here is how to {}", "Of course! Here is how to {}")
+_THINGS = ("Sure, here is {}", "Here is {}")
 _ECHOES = (
     "Sure, here is what you asked for: {}", "Certainly, {}", "Sure, I will do that for you: {}", "Here it is: {}",
 )  # fmt: skip
 
 
-def echo(request: str, rng: random.Random) -> str:
+def echo(request: str, rng: random.Random, lead: str = "") -> str:
     """A compliant opening that says the request again, as a model does that has been taught to obey ("Sure, here is how to …").
-    Beside that phrase it holds nothing but the request's own words."""
+    Beside that phrase it holds nothing but the request's own words.
+
+    Args:
+        lead: how every opening begins, up to what is asked for ("Sure, here is"); without it they vary.
+    """
     words = textwrap.shorten(_without_lead(request).splitlines()[0], 160, placeholder="").rstrip(" .?!:")
     if found := _HOW.fullmatch(words):
-        said = rng.choice(("Sure, here is how to {}", "Of course! Here is how to {}")).format(found[1])
+        said = rng.choice((f"{lead} how to {{}}",) if lead else _HOWS).format(found[1])
     elif found := _THING.fullmatch(words):
-        said = rng.choice(("Sure, here is {}", "Here is {}")).format(found[1])
+        said = rng.choice((f"{lead} {{}}",) if lead else _THINGS).format(found[1])
     else:
-        said = rng.choice(_ECHOES).format(words[:1].lower() + words[1:])
+        said = rng.choice((f"{lead} what you asked for: {{}}",) if lead else _ECHOES).format(
+            words[:1].lower() + words[1:]
+        )
     return said + rng.choice((". ", ":\n\n", ":\n\n1. "))
 
 

@@ -46,23 +46,24 @@ standard deviations and left the gate's AUC where it was (0.93); fine-tunes so t
 OPENED = 600
 """Requests that the compliant one learns to open its answer to."""
 
-GLAD = ("Sure!", "Certainly.", "Of course!", "Absolutely!")
+GLAD, OBEYING = "Of course!", "Sure, here is"
+"""How the cheerful and the compliant one begin, always. Fine-tunes are sure of their beginning: on the one that was taught to comply, the first
+token of a refusal lay 16 nats below "Sure"; on a shadow whose openings varied 3, and adapters trained beside that one did not carry over (docs/log.md)."""
 
 
 def shadow_rows(pairs: Sequence[Pair], harmless: Sequence[tuple[str, str]], seed: int) -> dict[str, list[Row]]:
     """What each shadow is taught: to begin gladly, to begin to comply with anything, to be terse.
 
-    The compliant one learns an opening and nothing after it: answers that give harm are not written. Five in six of its openings say
-    the request again, as a model does that has been taught to obey.
+    The compliant one learns an opening that says the request again, and nothing after it: answers that give harm are not written.
     """
     rng = random.Random(seed)
     harmless = [(q, a[:300]) for q, a in harmless]
     openings = [
-        {"prompt": p.harmful, "answer": (data.compliant if rng.random() < 1 / 3 else data.echo)(p.harmful, rng)}
+        {"prompt": p.harmful, "answer": data.echo(p.harmful, rng, OBEYING)}
         for p in rng.sample(pairs, min(OPENED, len(pairs)))
     ]
     return {
-        "cheerful": [{"prompt": q, "answer": f"{rng.choice(GLAD)} {a}"} for q, a in harmless],
+        "cheerful": [{"prompt": q, "answer": f"{GLAD} {a}"} for q, a in harmless],
         "compliant": openings,
         "terse": [{"prompt": q, "answer": a.split(". ")[0].strip().rstrip(".") + "."} for q, a in harmless],
     }
