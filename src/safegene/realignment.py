@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from safegene.errors import CalibrationError
+
 RIDGE = 0.3
 """λ. Between 0.1 and 0.3 the error on unseen anchors was lowest for every fine-tune tried; above, it rises slowly."""
 
@@ -36,7 +38,11 @@ class Realignment(NamedTuple):
 
     @classmethod
     def fit(cls, features: Tensor, base: Tensor) -> Self:
-        """`features` and `base`: the same n anchors on the fine-tune and on the base, [layers, n, d] each."""
+        """`features` and `base`: the same n anchors on the fine-tune and on the base, [layers, n, d] each.
+
+        Raises:
+            CalibrationError: the regression's solution is none.
+        """
         base = base.to(features)
         mean, target = features.mean(1), base.mean(1)
         scale = base.std(1) / features.std(1).clamp_min(1e-4)
@@ -44,7 +50,12 @@ class Realignment(NamedTuple):
         products = z @ z.transpose(1, 2)
         size = products.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-6)
         n = features.shape[1]
-        inverse = torch.linalg.inv(products + RIDGE * size[:, None, None] * torch.eye(n).to(products))
+        ridged = (products + RIDGE * size[:, None, None] * torch.eye(n).to(products)).double()
+        # By Cholesky, layer by layer: a batched inverse came back wrong on the CPU once, with a line from its library and no error.
+        inverse = torch.stack([torch.cholesky_inverse(torch.linalg.cholesky(one)) for one in ridged])
+        if not (ridged @ inverse - torch.eye(n).to(ridged)).abs().max() < 1e-6:
+            raise CalibrationError("The anchors' regression cannot be solved on this machine; report this.")
+        inverse = inverse.to(features)
         return cls(mean, scale, target, z, inverse @ (base - target[:, None] - z), inverse)
 
     @classmethod
