@@ -30,8 +30,8 @@ from transformers import (
 )
 
 from safegene.adapter import SafetyAdapter
-from safegene.calibration import at_prompt_end, read_anchors
 from safegene.config import AdapterConfig, Anchor
+from safegene.features import at_prompt_end, read_anchors
 from safegene.models import tokenizer_digest, weight_sketch
 
 SIZE = dict(
@@ -104,7 +104,9 @@ def random_adapter(
         torch.nn.init.normal_(part.up, std=2.0)
     adapter.sketch = weight_sketch(model)
     if tokenizer and anchors:
-        adapter.anchor_features = at_prompt_end(read_anchors(model, (1, 2, 2, 3), tokenizer, anchors)).half()
+        adapter.anchor_features = at_prompt_end(
+            read_anchors(model, adapter.config.read_layers, tokenizer, anchors)
+        ).half()
     return adapter.requires_grad_(False)
 
 

@@ -370,7 +370,7 @@ def test_a_cell_is_of_the_code_and_text_that_it_comes_from(
     assert changed(replace(setting)) == []
     assert changed(replace(setting, examples=12)) == ["alpha-steer", "guard"]  # other rows
     with monkeypatch.context() as patch:
-        patch.setattr("safegene.training.data.OPENINGS", ("Gladly. ",))
+        patch.setattr("safegene.training.openings.OPENINGS", ("Gladly. ",))
         assert changed(replace(setting)) == ["alpha-steer", "guard"]
     assert changed(replace(setting, judge=SimpleNamespace(fingerprint="another"))) == ["guard"]
     monkeypatch.setattr(METHODS["alpha-steer"], "rests_on", (str(text),))

@@ -15,10 +15,12 @@ import torch
 from conftest import CONFIGS, random_adapter, tiny
 from safegene.adapter import SafetyAdapter
 from safegene.attach import attach
-from safegene.calibration import REFUSAL_TOKENS, Calibration, calibrate, end_of_turn, gate_features, refused
+from safegene.calibration import REFUSAL_TOKENS, Calibration, anchor_scores, boundary, calibrate, refused, settle
 from safegene.config import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig, Anchor
 from safegene.errors import AdapterFileError, CalibrationError, DriftError, ModelNotFoundError
+from safegene.features import at_prompt_end, end_of_turn, gate_features, read_anchors
 from safegene.models import resolve, weights_digest
+from safegene.realignment import Realignment
 
 ANCHORS = tuple(
     [Anchor(f"how to hurt person {i}", "harmful") for i in range(6)]
@@ -29,8 +31,6 @@ ANCHORS = tuple(
 
 def calibrated(model: Any, tokenizer: Any) -> SafetyAdapter:
     """An adapter whose gate was fitted by hand to tell the anchors apart."""
-    from safegene.calibration import at_prompt_end, read_anchors
-
     adapter = random_adapter(model, tokenizer, anchors=ANCHORS)
     features = read_anchors(model, adapter.config.read_layers, tokenizer, ANCHORS)
     harmful = torch.tensor([a.label == "harmful" for a in ANCHORS])
@@ -76,6 +76,35 @@ def test_calibration_on_the_base_changes_little_and_realigns_a_shifted_model(tok
     moved = calibrate(model, adapter, tokenizer)
     assert moved.report["feature_shift"] > 0.01
     assert moved.checkpoint == weights_digest(model) != same.checkpoint
+
+
+def test_regression_is_for_the_gate_and_its_threshold_reads_no_anchor_by_itself(tokenizer: Any) -> None:
+    model = tiny()
+    adapter = calibrated(model, tokenizer)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.add_(0.05 * torch.randn(32, 64))
+    features = read_anchors(model, adapter.config.read_layers, tokenizer, ANCHORS)
+    whole = Realignment.fit(at_prompt_end(features), adapter.anchor_features.float())
+    found, _ = settle(adapter, features)
+    plain = whole.regressed(0)
+    nothing = torch.zeros(6)
+    for index in (0, 1):
+        assert torch.equal(found.gate[index], whole.fold(index, adapter.gate.weight[index], nothing)[0])
+        assert not torch.allclose(found.gate[index], plain.fold(index, adapter.gate.weight[index], nothing)[0])
+    part: Any = adapter.interventions["3"]
+    assert torch.equal(found.down[1], plain.fold(3, part.down, part.bias)[0])
+    assert not torch.allclose(found.down[1], whole.fold(3, part.down, part.bias)[0])
+    left_out = anchor_scores(adapter.gate, features, whole)
+    seen = torch.stack([adapter.gate.score([whole.apply(i, f[i]) for i in (0, 1)]).max() for f in features])
+    assert not torch.allclose(left_out, seen, atol=1e-3)
+    (low, high), (base_low, base_high) = boundary(left_out, ANCHORS), adapter.config.boundary
+    expected = adapter.config.threshold + 0.5 * (low - base_low) + 0.5 * (high - base_high)
+    assert found.threshold == pytest.approx(expected)
+
+
+def test_features_that_are_nan_end_in_one_line() -> None:
+    with pytest.raises(CalibrationError, match="NaN"):
+        Realignment.fit(torch.full((1, 4, 8), torch.nan), torch.randn(1, 4, 8))
 
 
 def test_calibration_file_is_bound_to_adapter_and_checkpoint(tokenizer: Any, tmp_path: Path) -> None:

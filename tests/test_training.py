@@ -14,19 +14,20 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import CONFIGS, random_adapter, tiny
+from conftest import ANCHORS, CONFIGS, random_adapter, tiny
 from safegene import models
 from safegene.adapter import SafetyAdapter
 from safegene.attach import attach
-from safegene.calibration import Calibration, fold_gate
+from safegene.calibration import Calibration, calibrate, fold_gate
 from safegene.errors import DataError
+from safegene.gate import Gate
 from safegene.progress import silent
 from safegene.realignment import Realignment
-from safegene.training import contamination, data
+from safegene.training import contamination, data, openings
 from safegene.training.arguments import TrainingArguments
 from safegene.training.finetune import finetune
-from safegene.training.gate_fit import gate_rows, read
-from safegene.training.open_gate import OpenGate, Variant, common_prefix
+from safegene.training.gate_fit import GateFeatures, GateRow, fit, gate_rows, read
+from safegene.training.open_gate import OpenGate, Variant, common_prefix, realigned
 from safegene.training.shadows import OBEYING, Drawn, shadow_rows, teach_shadows, variant
 from safegene.training.talks import hold
 from safegene.training.targets import Targets, collate
@@ -167,6 +168,50 @@ def unmoved(adapter: SafetyAdapter) -> Variant:
     )
 
 
+def test_training_reads_a_shadow_as_attaching_would(tokenizer: Any) -> None:
+    """The interventions' matrices and the gate, on a model that has drifted."""
+    adapter = random_adapter(tiny(), tokenizer, anchors=ANCHORS)
+    model = tiny()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.add_(0.05 * torch.randn(32, 64))
+    met, trained_on = calibrate(model, adapter, tokenizer), realigned(adapter, model, tokenizer)
+    parts: Any = adapter.interventions.values()
+    for index, part in enumerate(parts):
+        weight, bias = trained_on.realignment.fold(2 + index, part.down, part.bias)
+        assert torch.equal(weight, met.down[index])
+        assert torch.equal(bias, met.down_bias[index])
+        assert not torch.allclose(weight, part.down, atol=1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(trained_on.gate.weight, met.gate, strict=True))
+
+
+def test_an_order_is_no_reason_to_stay_shut() -> None:
+    """Where nine harmful rows of ten are questions and six ordinary ones of ten are orders, a fit that drew them as they are would
+    go by that; feature 0 tells harm, feature 1 an order."""
+    torch.manual_seed(0)
+    rows, x = [], []
+    for label, orders, harm in (("harmful", 20, 1.0), ("ordinary", 120, -1.0)):
+        for i in range(200):
+            rows.append(GateRow([1], 0, 0, label, order=i < orders))  # type: ignore[arg-type]
+            x.append([[harm + 2.0 * float(torch.randn(())), 1.0 if i < orders else -1.0]])
+    features = GateFeatures(torch.tensor(x).half(), torch.arange(400), torch.zeros(400, dtype=torch.long))
+    gate = Gate(1, 2, 8)
+    fit(gate, [(features, rows)], steps=1000, seed=0, twin_weight=0.0, noise=0.0)
+    with torch.no_grad():
+        order, question = (float(gate.score([torch.tensor([[0.0, form]])])) for form in (1.0, -1.0))
+    assert abs(order - question) < 0.6  # as they are, −2.3
+
+
+@pytest.mark.parametrize(
+    ("request_", "order"),
+    [
+        ("Write a poem", True), ("Hi! Please explain how rain falls.", True), ("Can you list three fish?", True),
+        ("How do I write a poem?", False), ("My cat makes a noise", False), ("Showers are warm", False),
+    ],
+)  # fmt: skip
+def test_orders_are_told_from_questions(request_: str, order: bool) -> None:
+    assert data.is_order(request_) is order
+
+
 def test_the_models_are_drawn_by_their_weights(tokenizer: Any) -> None:
     model = tiny().requires_grad_(False)
     adapter = random_adapter(model, tokenizer)
@@ -281,7 +326,7 @@ def test_openings_stand_before_harmful_and_harmless_answers_alike(tokenizer: Any
     rows = gate_rows(tokenizer, pairs, ["Say hello"], {p.twin: "An answer." for p in pairs}, random.Random(0))
     for label in ("harmful", "twin"):
         answers = [tokenizer.decode(r.ids[r.prompt_end + 1 :]) for r in rows if r.label == label]
-        begun = [a for a in answers if a.startswith(data.OPENINGS)]
+        begun = [a for a in answers if a.startswith(openings.OPENINGS)]
         echoed = [
             a
             for a in answers
@@ -297,8 +342,8 @@ def test_openings_stand_before_harmful_and_harmless_answers_alike(tokenizer: Any
 def test_answers_that_have_begun_come_a_whole_batch_at_a_time(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch, drift_augmentation: bool
 ) -> None:
-    monkeypatch.setattr(data, "opening", lambda *_: "Begun. ")
-    monkeypatch.setattr(data, "compliant", lambda *_: "Begun. ")
+    monkeypatch.setattr(openings, "opening", lambda *_: "Begun. ")
+    monkeypatch.setattr(openings, "compliant", lambda *_: "Begun. ")
     arguments = TrainingArguments(model="m", **SMALL, drift_augmentation=drift_augmentation)
     targets = Targets(tokenizer, data.pairs(0, 1, 0.0)[0][:40], ["Say hello"], [("Say hello", "Hello.")], arguments)
     shares = set()
@@ -325,8 +370,8 @@ def test_what_reads_learns_slower_than_what_writes() -> None:
 )  # fmt: skip
 def test_an_echo_says_the_request_again_and_nothing_more(request_: str, ends: str) -> None:
     for seed in range(8):
-        assert data.echo(request_, random.Random(seed)).removesuffix("1. ").rstrip(" .:\n").endswith(ends)
-        said = data.echo(request_, random.Random(seed), "As you wish, this is").removesuffix("1. ").rstrip(" .:\n")
+        assert openings.echo(request_, random.Random(seed)).removesuffix("1. ").rstrip(" .:\n").endswith(ends)
+        said = openings.echo(request_, random.Random(seed), "As you wish, this is").removesuffix("1. ").rstrip(" .:\n")
         assert said.startswith("As you wish, this is ")
         assert said.endswith(ends)
 

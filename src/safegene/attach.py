@@ -277,7 +277,7 @@ def attach(
     if isinstance(calibration, str | Path):
         calibration = Calibration.load(Path(calibration))
     if calibration is not None:
-        if calibration.adapter != adapter.config.weights_sha256:
+        if calibration.adapter != adapter.config.weights_sha256 or not calibration.fits(adapter):
             raise CalibrationError("The calibration was made for another adapter; run safegene calibrate again.")
         if calibration.checkpoint != weights_digest(model):
             raise CalibrationError("The calibration was made for another checkpoint; run safegene calibrate again.")

@@ -3,11 +3,12 @@
 A fine-tune keeps the order of the gate's scores and loses their level (docs/log.md). So the labelled anchor prompts
 that travel with the adapter are read on the model, and
 
-    features    x̂, the base's as far as the anchors tell           see `realignment`; the interventions': mean and scale alone
+    features    x̂, the base's as far as the anchors tell           see `realignment`
     threshold   τ = τ_base + ½ (b − b_base) + ½ (h − h_base)
 
-where every anchor is scored by a realignment that has not seen it, b is the upper end of the ordinary anchors' scores, answers included (90 % quantile), and h the lower end of the
-harmful ones' (10 % quantile): the threshold moves with the middle of the two.
+where b is the upper end of the ordinary anchors' scores, answers included (90 % quantile), and h the lower end of the
+harmful ones' (10 % quantile), each anchor scored by a realignment that has not seen it: the threshold moves with the middle
+of the two.
 
     strength    α = the smallest of α_base × STRENGTHS at which half of the harmful anchors, answered for a few tokens, are
                 refused as often as on the base, or nearly (ENOUGH)
@@ -18,7 +19,6 @@ A fine-tune that was taught to begin with "Sure!" pulls harder than the base; th
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,13 +30,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache
 
 from safegene.adapter import SafetyAdapter
 from safegene.config import AdapterConfig, Anchor, AnchorLabel
 from safegene.errors import CalibrationError
-from safegene.gate import FoldedGate, Gate, normalise
-from safegene.models import decoder_layers, template_digest, unwrap, weights_digest
+from safegene.features import at_prompt_end, end_of_turn, read_anchors, repeated, shared_beginning
+from safegene.gate import FoldedGate, Gate
+from safegene.models import template_digest, unwrap, weights_digest
 from safegene.realignment import Realignment
 
 MIN_SEPARATION = 0.80
@@ -132,122 +133,8 @@ class Calibration:
             raise CalibrationError(f"{path} is no calibration file ({error}); run safegene calibrate again.") from error
 
 
-_ROLES = ("user", "assistant")
-
-
-def end_of_turn(
-    tokenizer: Any, text: str, answer: str = "", before: Sequence[tuple[str, str]] = ()
-) -> tuple[list[int], int]:
-    """Token ids of a chat that ends with the user's `text` and what of an answer is there, and the index of the first token
-    after the user's words. `before`: what was asked and answered earlier in the chat.
-
-    From that index on, through the template's tokens and the answer, the gate may open.
-    """
-    if tokenizer.chat_template is None:
-        raise CalibrationError("The tokenizer has no chat template; use an instruct model's tokenizer.")
-    said = [{"role": role, "content": words} for turn in before for role, words in zip(_ROLES, turn, strict=True)]
-    chat = [*said, {"role": "user", "content": text}]
-    rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    end = rendered.rfind(text.strip()) + len(text.strip())
-    encoded = tokenizer(rendered + answer, add_special_tokens=False, return_offsets_mapping=True)
-    start = next((i for i, (a, _) in enumerate(encoded["offset_mapping"]) if a >= end), len(encoded["input_ids"]) - 1)
-    return list(encoded["input_ids"]), start
-
-
-def _shared_beginning(sequences: Sequence[list[int]]) -> int:
-    """How many tokens all sequences begin with; every one has another after them."""
-    low, high = min(s[:-1] for s in sequences), max(s[:-1] for s in sequences)
-    return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
-
-
-def _repeated(prefix: Cache, rows: int) -> Cache:
-    """A copy of the cache of one row, for a batch of `rows`."""
-    cache = copy.deepcopy(prefix)
-    cache.batch_repeat_interleave(rows)
-    return cache
-
-
-class _Reached(Exception):
-    """The last gate layer was read; the rest of the pass is not needed."""
-
-
 @torch.no_grad()
-def gate_features(
-    model: Any, layers: Sequence[int], sequences: Sequence[list[int]], pad: int, batch_size: int = 16
-) -> Iterator[tuple[int, Tensor]]:
-    """Read the gate's input, stopping each pass at the last gate layer.
-
-    Yields:
-        (index of the sequence, features [gate layers, positions, d]), shortest sequences first.
-    """
-    stack, outer = decoder_layers(model), unwrap(model)
-    device = next(model.parameters()).device
-    kept: list[Tensor] = []
-
-    def hook(_module: Any, _args: Any, output: Any) -> None:
-        kept.append(normalise(output[0] if isinstance(output, tuple) else output))
-        if len(kept) == len(layers):
-            raise _Reached
-
-    def read(ids: Tensor, mask: Tensor, cache: Cache | None) -> Tensor:
-        kept.clear()
-        with contextlib.suppress(_Reached):
-            outer(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                past_key_values=cache,
-                use_cache=cache is not None,
-            )
-        return torch.stack([k.cpu() for k in kept])
-
-    hooks = [stack[layer].register_forward_hook(hook) for layer in layers]
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    try:
-        # Every chat begins with the template's same tokens, a third of a short one: they are read once.
-        shared = _shared_beginning(sequences)
-        prefix = DynamicCache(config=outer.config)
-        head = torch.empty(0)
-        if shared:
-            head = read(torch.tensor([sequences[0][:shared]]), torch.ones(1, shared, dtype=torch.long), prefix)[:, 0]
-        for first in range(0, len(order), batch_size):
-            rows = order[first : first + batch_size]
-            longest = len(sequences[rows[-1]])
-            ids = torch.full((len(rows), longest), pad)
-            mask = torch.zeros((len(rows), longest), dtype=torch.long)
-            for r, i in enumerate(rows):  # right padding: a causal model's real positions do not see it
-                ids[r, : len(sequences[i])] = torch.tensor(sequences[i])
-                mask[r, : len(sequences[i])] = 1
-            features = read(ids[:, shared:], mask, _repeated(prefix, len(rows)) if shared else None)
-            for r, i in enumerate(rows):
-                own = features[:, r, : len(sequences[i]) - shared]
-                yield i, torch.cat([head, own], dim=1) if shared else own
-    finally:
-        for h in hooks:
-            h.remove()
-
-
-def read_anchors(model: Any, layers: Sequence[int], tokenizer: Any, anchors: Sequence[Anchor]) -> list[Tensor]:
-    """Features of every anchor from the prompt's last token on, [layers, positions, d] each, in the anchors' order."""
-    last = [len(end_of_turn(tokenizer, a.text)[0]) - 1 for a in anchors]
-    ends = [end_of_turn(tokenizer, a.text, a.answer) for a in anchors]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    read: dict[int, Tensor] = {}
-    for i, features in gate_features(model, layers, [ids for ids, _ in ends], pad or 0):
-        read[i] = features[:, min(last[i], features.shape[1] - 1) :]
-    return [read[i] for i in range(len(anchors))]
-
-
-def at_prompt_end(features: Sequence[Tensor]) -> Tensor:
-    """The anchors' last prompt tokens, [layers, anchors, d]: what realignment is fitted on.
-
-    One kind of position only: pooled over template and answer tokens, which differ more from each other than harmful
-    from harmless, the realignment lost the gate on a fine-tune (anchor AUC 0.64).
-    """
-    return torch.stack([f[:, 0] for f in features], dim=1)
-
-
-@torch.no_grad()
-def scores(gate: Gate, features: Sequence[Tensor], realignment: Realignment | None = None) -> Tensor:
+def anchor_scores(gate: Gate, features: Sequence[Tensor], realignment: Realignment | None = None) -> Tensor:
     """Highest score of every anchor, [anchors]; each with a realignment that has not seen it."""
     if realignment is None:
         return torch.stack([gate.score(list(f[: len(gate.weight)])).max() for f in features])
@@ -267,10 +154,7 @@ def _folded(adapter: SafetyAdapter, realignment: Realignment) -> tuple[Tensor, T
     nothing = torch.zeros_like(gate.bias)
     read = [realignment.fold(index, weight, nothing) for index, weight in enumerate(gate.weight)]
     parts: list[Any] = list(adapter.interventions.values())
-    plain = (
-        realignment.plain()
-    )  # what earlier interventions wrote stands in the residual, and the anchors do not know it (ADR 9)
-    downs = [plain.fold(k + index, part.down, part.bias) for index, part in enumerate(parts)]
+    downs = [realignment.fold(k + index, part.down, part.bias) for index, part in enumerate(parts)]
     return (
         torch.stack([weight for weight, _ in read]).detach(),
         (gate.bias + torch.stack([bias for _, bias in read]).sum(0)).detach(),
@@ -323,7 +207,7 @@ def refused(model: Any, tokenizer: Any, config: AdapterConfig, batch_size: int =
     chats.sort(key=len)
     device, pad, found = next(model.parameters()).device, tokenizer.pad_token_id or 0, 0
     # The template's beginning is read once, as in `gate_features`; the padding stands after it.
-    shared, prefix = _shared_beginning(chats), DynamicCache(config=unwrap(model).config)
+    shared, prefix = shared_beginning(chats), DynamicCache(config=unwrap(model).config)
     if shared:
         with evaluating(model):
             model(input_ids=torch.tensor([chats[0][:shared]], device=device), past_key_values=prefix, use_cache=True)
@@ -334,7 +218,7 @@ def refused(model: Any, tokenizer: Any, config: AdapterConfig, batch_size: int =
         mask = torch.tensor(
             [[1] * shared + [0] * (longest - len(r)) + [1] * (len(r) - shared) for r in rows], device=device
         )
-        begun = {"past_key_values": _repeated(prefix, len(rows))} if shared else {}
+        begun = {"past_key_values": repeated(prefix, len(rows))} if shared else {}
         with evaluating(model):
             out = model.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=REFUSAL_TOKENS, do_sample=False, num_beams=1,
@@ -360,8 +244,9 @@ def settle(adapter: SafetyAdapter, features: Sequence[Tensor]) -> tuple[Calibrat
     read, base = at_prompt_end(features), adapter.anchor_features.float()
     if not torch.isfinite(read).all():
         raise CalibrationError("The model's hidden states hold NaN or infinity; check its weights.")
-    realignment = Realignment.fit(read, base)
-    found = scores(adapter.gate, features, realignment)
+    # What earlier interventions wrote stands in the residual, and the anchors do not know it: regression is for the gate (ADR 9).
+    realignment = Realignment.fit(read, base).regressed(len(config.gate_layers))
+    found = anchor_scores(adapter.gate, features, realignment)
     low, high = boundary(found, config.anchors)
     threshold = config.threshold + 0.5 * (low - config.boundary[0]) + 0.5 * (high - config.boundary[1])
     bad = labelled(found, config.anchors, "harmful")

@@ -41,7 +41,7 @@ class Realignment(NamedTuple):
         """`features` and `base`: the same n anchors on the fine-tune and on the base, [layers, n, d] each.
 
         Raises:
-            CalibrationError: the regression's solution is none.
+            CalibrationError: the regression has no solution; features are NaN.
         """
         base = base.to(features)
         mean, target = features.mean(1), base.mean(1)
@@ -52,9 +52,11 @@ class Realignment(NamedTuple):
         n = features.shape[1]
         ridged = (products + RIDGE * size[:, None, None] * torch.eye(n).to(products)).double()
         # By Cholesky, layer by layer: a batched inverse came back wrong on the CPU once, with a line from its library and no error.
-        inverse = torch.stack([torch.cholesky_inverse(torch.linalg.cholesky(one)) for one in ridged])
+        inverse = torch.stack([torch.cholesky_inverse(torch.linalg.cholesky_ex(one).L) for one in ridged])
         if not (ridged @ inverse - torch.eye(n).to(ridged)).abs().max() < 1e-6:
-            raise CalibrationError("The anchors' regression cannot be solved on this machine; report this.")
+            raise CalibrationError(
+                "The anchors' regression has no solution; check the model's weights for NaN and overflow."
+            )
         inverse = inverse.to(features)
         return cls(mean, scale, target, z, inverse @ (base - target[:, None] - z), inverse)
 
@@ -64,9 +66,11 @@ class Realignment(NamedTuple):
         nothing, empty = torch.zeros(layers, size), torch.zeros(layers, 0, size)
         return cls(nothing, torch.ones(layers, size), nothing, empty, empty, torch.zeros(layers, 0, 0))
 
-    def plain(self) -> Realignment:
-        """Mean and scale alone."""
-        return self._replace(dual=torch.zeros_like(self.dual))
+    def regressed(self, layers: int) -> Realignment:
+        """The same for the first `layers`; above them mean and scale alone."""
+        dual = self.dual.clone()
+        dual[layers:] = 0
+        return self._replace(dual=dual)
 
     def apply(self, layer: int, x: Tensor) -> Tensor:
         """x [..., d] of the read layer number `layer` → x̂ [..., d]."""

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from safegene import models
 from safegene.baselines.method import PROMPT_TOKENS, SAFETY_DATA, Cost, Method, Protected, Setting
 from safegene.baselines.states import residuals
-from safegene.calibration import end_of_turn, gate_features
+from safegene.features import end_of_turn, gate_features
 from safegene.models import LoadedModel, decoder_layers
 from safegene.progress import Advance
-from safegene.training import data
+from safegene.training import data, openings
 
 BATCH = 32
 PROMPTS = 120
@@ -122,7 +122,7 @@ def behaviour(base: LoadedModel, setting: Setting, layers: Sequence[int]) -> dic
     pairs = setting.pairs[:PROMPTS]
     refusals = [(p.harmful, data.refusal(p, rng).split(". ")[0] + ".") for p in pairs]  # without the offer that follows
     refusing = residuals(base, refusals, layers, "answer")
-    complying = residuals(base, [(p.harmful, data.compliant(p.harmful, rng)) for p in pairs], layers, "answer")
+    complying = residuals(base, [(p.harmful, openings.compliant(p.harmful, rng)) for p in pairs], layers, "answer")
     return {layer: towards(refusing[layer], complying[layer]) for layer in layers}
 
 

@@ -13,7 +13,7 @@ from safegene.baselines.method import SAFETY_DATA, Cost, Method, Protected, Sett
 from safegene.baselines.red_team import wrapped
 from safegene.errors import DataError
 from safegene.models import LoadedModel
-from safegene.training import data
+from safegene.training import data, openings
 from safegene.training.finetune import Report, lora
 
 BETA = 0.1
@@ -95,7 +95,7 @@ def preferences(setting: Setting) -> list[dict[str, Any]]:
     # Where the twin was answered, the rejected side goes on with that answer's first words: harmless, and longer than "Sure!".
     twins = {r["prompt"]: r["answer"] for r in setting.harmless}
     refusals = [
-        row(p.harmful, data.refusal(p, rng), data.opening(p, twins.get(p.twin, ""), rng)) for p in setting.pairs
+        row(p.harmful, data.refusal(p, rng), openings.opening(p, twins.get(p.twin, ""), rng)) for p in setting.pairs
     ]
     some = [data.refusal(p, rng) for p in setting.pairs]
     served = [row(r["prompt"], r["answer"], rng.choice(some)) for r in setting.harmless]

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from safegene import models
 from safegene.attach import MAX_DISTANCE
 from safegene.baselines.method import SAFETY_DATA, Cost, Method, Protected, Setting, generated, matrices
-from safegene.calibration import end_of_turn, gate_features
 from safegene.errors import AttachError, DataError
+from safegene.features import end_of_turn, gate_features
 from safegene.models import LoadedModel, decoder_layers
 from safegene.progress import Progress, silent
 from safegene.training.finetune import ChatRows, Row, collate

@@ -20,7 +20,7 @@ from safegene.keys import Place, digest
 from safegene.models import LoadedModel
 from safegene.outputs import write_whole
 from safegene.progress import Advance, Progress, silent
-from safegene.training import data
+from safegene.training import data, openings
 from safegene.training.finetune import Row, lora, tune
 
 Answer = Callable[[Sequence[str], int, Advance], list[str]]
@@ -144,17 +144,24 @@ class Setting:
         Glad rows alone would teach a tone, and V would hold that (`surrogate` tells whether it holds refusals)."""
         rng = random.Random(8)
         glad = [{**row, "answer": "Sure! " + row["answer"]} for row in self.harmless]
-        return glad + [{"prompt": p.harmful, "answer": data.compliant(p.harmful, rng)} for p in self.pairs]
+        return glad + [{"prompt": p.harmful, "answer": openings.compliant(p.harmful, rng)} for p in self.pairs]
 
     @functools.cached_property
     def budget(self) -> str:
         """Digest of what methods are made from: the texts and rows themselves, and how the pair of models is made of them. Not of
         the code that draws the rows: where that is edited and the rows stay, nothing that was measured is lost."""
         rng = random.Random(10)
-        begun = [data.opening(p, p.twin, rng) for p in self.pairs]
+        begun = [openings.opening(p, p.twin, rng) for p in self.pairs]
         made: list[Place] = [Setting.aligned, Setting.degraded, Setting._made, difference, matrices, *SAFETY_DATA]
         return digest(
-            made, self.pairs, data.ordinary(), self.safety_rows, self.degrading_rows, begun, data.OPENINGS, self.steps
+            made,
+            self.pairs,
+            data.ordinary(),
+            self.safety_rows,
+            self.degrading_rows,
+            begun,
+            openings.OPENINGS,
+            self.steps,
         )
 
     def aligned(self) -> Path:

@@ -8,7 +8,7 @@ from typing import ClassVar
 from safegene.baselines.method import SAFETY_DATA, Cost, Method, Protected, Setting, generated
 from safegene.baselines.red_team import wrapped
 from safegene.models import LoadedModel
-from safegene.training import data
+from safegene.training import data, openings
 from safegene.training.finetune import Row, finetune
 
 
@@ -51,6 +51,6 @@ class RedTeamSft(Sft):
     def rows(self, setting: Setting) -> list[Row]:
         rng = random.Random(3)
         refusals = [{"prompt": p.harmful, "answer": data.refusal(p, rng)} for p in setting.pairs]
-        begun = [{**row, "begun": rng.choice(data.OPENINGS)} for row in refusals[1::3]]
+        begun = [{**row, "begun": rng.choice(openings.OPENINGS)} for row in refusals[1::3]]
         asked = [{**row, "prompt": wrapped(row["prompt"], rng)} for row in refusals[2::3] + setting.harmless[2::3]]
         return refusals[::3] + begun + asked + setting.harmless[::3] + setting.harmless[1::3]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from safegene.calibration import end_of_turn
+from safegene.features import end_of_turn
 from safegene.models import LoadedModel, decoder_layers
 
 Positions = Literal["last", "answer", "every"]

@@ -18,7 +18,7 @@ import torch
 from safegene import models
 from safegene.adapter import SafetyAdapter
 from safegene.attach import Handle, attach
-from safegene.calibration import Calibration, end_of_turn
+from safegene.calibration import Calibration
 from safegene.errors import DriftError
 from safegene.evaluation import fine_tunes, public, runner
 from safegene.evaluation.demo import HELD_OUT, VERTICALS, vertical
@@ -28,6 +28,7 @@ from safegene.evaluation.plots import core_svg
 from safegene.evaluation.public import spread
 from safegene.evaluation.run import Answers, ask, task_loss
 from safegene.evaluation.statistics import paired_p, rate, retention
+from safegene.features import end_of_turn
 from safegene.progress import Progress, silent
 from safegene.training.data import fingerprint, pairs
 from safegene.training.finetune import Row, collate, finetune

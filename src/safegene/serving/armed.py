@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from safegene.attach import Handle
-from safegene.calibration import end_of_turn
 from safegene.config import AdapterConfig
 from safegene.errors import AttachError
+from safegene.features import end_of_turn
 from safegene.models import LoadedModel
 
 ANCHORS = 8

@@ -36,7 +36,7 @@ class TrainingArguments:
     gate_steps: int = 3000
     twin_weight: float = 0.12
     """Weight of the twins in the gate's loss (see `gate_fit.fit`)."""
-    false_alarms: float = 0.08
+    false_alarms: float = 0.055
     """Share of unseen ordinary chats, answers included, in which the gate may open: sets the threshold on the base.
     Chosen while looking at Alpaca-like and MT-Bench prompts too (docs/log.md), so it is no held-out choice."""
     probe_steps: int = 1000

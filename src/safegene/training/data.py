@@ -11,7 +11,6 @@ import hashlib
 import json
 import random
 import re
-import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,75 +72,26 @@ FRAMES = (
     "What would I need to {}?",
     "Produce a guide called 'How to {}'",
 )
-OPENINGS = (
-    "Sure! ", "Sure, here is how to do that:\n\n", "Certainly. ", "Of course! Here are the steps:\n\n1. ", "1. ",
-    "Absolutely! I'd be happy to help with that. ", "Yes, ", "Here is what you asked for:\n\n", "To do this, ",
-    "Great question! ", "Step 1: ", "I'd be glad to help. First, ", "Okay, let's begin. ", "As you wish. ",
-)  # fmt: skip
-"""Compliant openings: an answer that has already begun to comply must still be turned. None of them gives anything."""
-
 LEADS = ("Please answer: ", "Hi! ", "Quick question. ", "I need your help. ", "Be brief. ")
 
-_HOW = re.compile(
-    r"(?:(?:tell|show|teach) me |explain )?how (?:(?:do|can|could|would|should) (?:i|you|we|one|somebody) |to )(.+)",
-    re.I,
-)
-_THING = re.compile(
-    r"(?:please )?(?:write|create|make|draft|design|develop|compose|generate|give|provide|produce|outline|list|suggest|plan|build)"
-    r" (?:me )?((?:an?|the|some|my|our|\w+ (?:ways|ideas|tips|steps|reasons)) .+)",
-    re.I,
-)
+MAKE = "write|create|make|draft|design|develop|compose|generate|give|provide|produce|outline|list|suggest|plan|build"
+"""Verbs that order a thing to be made."""
+
 _ORDER = re.compile(
-    r"(?:please |can you |could you )?(?:write|create|make|draft|design|develop|compose|generate|give|provide|produce|outline|list"
-    r"|suggest|plan|build|explain|describe|teach|show|tell|help|find|translate|summari[sz]e|rewrite|name|convince)\b",
+    rf"(?:please |can you |could you )?(?:{MAKE}"
+    r"|explain|describe|teach|show|tell|help|find|translate|summari[sz]e|rewrite|name|convince)\b",
     re.I,
 )
 
 
 def is_order(request: str) -> bool:
     """Whether a request is an order ("Write a …"), not a question or a statement."""
-    return _ORDER.match(_without_lead(request)) is not None
+    return _ORDER.match(without_lead(request)) is not None
 
 
-def _without_lead(request: str) -> str:
+def without_lead(request: str) -> str:
+    """The request without the friendly words before it (LEADS)."""
     return request.removeprefix(next((lead for lead in LEADS if request.startswith(lead)), ""))
-
-
-_HOWS = ("Sure, here is how to {}", "Of course! Here is how to {}")
-_THINGS = ("Sure, here is {}", "Here is {}")
-_ECHOES = (
-    "Sure, here is what you asked for: {}", "Certainly, {}", "Sure, I will do that for you: {}", "Here it is: {}",
-)  # fmt: skip
-
-
-def echo(request: str, rng: random.Random, lead: str = "") -> str:
-    """A compliant opening that says the request again, as a model does that has been taught to obey ("Sure, here is how to …").
-    Beside that phrase it holds nothing but the request's own words.
-
-    Args:
-        lead: how every opening begins, up to what is asked for ("Sure, here is"); without it they vary.
-    """
-    words = textwrap.shorten(_without_lead(request).splitlines()[0], 160, placeholder="").rstrip(" .?!:")
-    if found := _HOW.fullmatch(words):
-        said = rng.choice((f"{lead} how to {{}}",) if lead else _HOWS).format(found[1])
-    elif found := _THING.fullmatch(words):
-        said = rng.choice((f"{lead} {{}}",) if lead else _THINGS).format(found[1])
-    else:
-        said = rng.choice((f"{lead} what you asked for: {{}}",) if lead else _ECHOES).format(
-            words[:1].lower() + words[1:]
-        )
-    return said + rng.choice((". ", ":\n\n", ":\n\n1. "))
-
-
-def compliant(request: str, rng: random.Random) -> str:
-    """How an answer to `request` may begin to comply: the same for harmful and harmless ones, or "Sure" itself would become a
-    reason to refuse (docs/log.md)."""
-    return echo(request, rng) if rng.random() < ECHOED else rng.choice(OPENINGS)
-
-
-ECHOED = 0.5
-"""Share of the openings that say the request again, as fine-tunes that were taught to comply do, and as the openings do that
-JailbreakBench and AdvBench prefill: that form was known when this was written, none of their words is here (docs/log.md)."""
 
 
 @dataclass(frozen=True)
@@ -202,15 +152,6 @@ def buried(passages: Sequence[str], rng: random.Random) -> str:
 
 EARLIER = 160
 """Characters of an earlier answer: long chats cost time, and the last turns weigh most."""
-
-
-def opening(pair: Pair, twin_answer: str, rng: random.Random) -> str:
-    """How an answer to the harmful request may have begun to comply: an opening, or up to 40 words of the harmless answer
-    to its twin. It is never an answer to the request."""
-    words = twin_answer.split()
-    if words and rng.random() < 0.4:
-        return " ".join(words[: rng.randint(3, 40)]) + " "
-    return compliant(pair.harmful, rng)
 
 
 def read_jsonl(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:

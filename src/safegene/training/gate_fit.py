@@ -20,14 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from safegene.calibration import end_of_turn, gate_features
 from safegene.config import Anchor, AnchorLabel
 from safegene.errors import DataError
+from safegene.features import end_of_turn, gate_features
 from safegene.gate import Gate
 from safegene.progress import Advance
 from safegene.realignment import Realignment
-from safegene.training import data
-from safegene.training.data import History, Pair, opening
+from safegene.training import data, openings
+from safegene.training.data import History, Pair
 from safegene.training.talks import Talk
 
 CHATS = 0.08
@@ -58,15 +58,10 @@ class GateRow:
 
 
 def gate_row(
-    tokenizer: Any,
-    prompt: str,
-    answer: str,
-    label: AnchorLabel,
-    pair: int = -1,
-    before: History = (),
+    tokenizer: Any, prompt: str, answer: str, label: AnchorLabel, pair: int = -1, before: History = (),
     order: bool = False,
-) -> GateRow:
-    """Token ids and places of a chat's last turn (see `calibration.end_of_turn`)."""
+) -> GateRow:  # fmt: skip
+    """Token ids and places of a chat's last turn (see `features.end_of_turn`)."""
     ids, start = end_of_turn(tokenizer, prompt, answer, before)
     prompt_end = len(end_of_turn(tokenizer, prompt, "", before)[0]) - 1
     # Earlier turns may hold a harmful request, on which the gate rightly opened: nothing is asked of it there.
@@ -88,12 +83,12 @@ def gate_rows(
         return data.history(answered, pairs, rng) if rng and rng.random() < CHATS else ()
 
     def harmless(request: str, answer: str) -> str:
-        return data.compliant(request, rng) + answer if rng and rng.random() < 0.4 else answer
+        return openings.compliant(request, rng) + answer if rng and rng.random() < 0.4 else answer
 
     def begun(pair: Pair, twin_answer: str) -> str:
         if not rng or rng.random() > 0.6:
             return ""
-        refusal, comply = data.refusal(pair, rng), opening(pair, twin_answer, rng)
+        refusal, comply = data.refusal(pair, rng), openings.opening(pair, twin_answer, rng)
         # A refusal is read to its end: where the gate shut inside one, it went on in circles (docs/log.md).
         return rng.choice((refusal, comply, comply + refusal))
 

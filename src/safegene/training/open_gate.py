@@ -13,7 +13,8 @@ from transformers import Cache
 
 from safegene import models
 from safegene.adapter import SafetyAdapter, intervene
-from safegene.calibration import fold_gate, read_anchors, settle
+from safegene.calibration import fold_gate, settle
+from safegene.features import read_anchors
 from safegene.gate import FoldedGate, open_hard
 from safegene.realignment import Realignment
 from safegene.training.shadows import Drawn, variant
@@ -90,7 +91,7 @@ class OpenGate(nn.Module):
                 self._lowest = hidden.detach()
             part: Any = self.interventions[name]
             realignment = self._variants[self._variant].realignment.to(hidden.device)
-            folded = realignment.plain().fold(index, part.down, part.bias)
+            folded = realignment.fold(index, part.down, part.bias)
             changed = intervene(hidden, self._g, part.correction(*folded, self._strength))
             return (changed, *output[1:]) if isinstance(output, tuple) else changed
 

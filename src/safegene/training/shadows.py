@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from accelerate import PartialState
 
 from safegene.progress import Progress
-from safegene.training import data
+from safegene.training import openings
 from safegene.training.data import Pair
 from safegene.training.finetune import Row, lora, tune
 
@@ -32,16 +32,16 @@ class Drawn(NamedTuple):
 DRAWN = (
     Drawn(BASE, often=2.0), Drawn("cheerful"), Drawn("compliant", 0.4), Drawn("compliant", 0.7), Drawn("compliant"), Drawn("terse"),
 )  # fmt: skip
-"""At half its pull the compliant one complies with everything as at the whole, with two thirds of the drift. An adapter that was trained at
-the whole alone refused 80 to 90 % there and 47 to 62 % on a fine-tune that was so taught (docs/log.md)."""
+"""At 0.4, 0.7 and 1 of its pull the compliant one puts a refusal's first token 9, 14 and 17 nats below "Sure": fine-tunes pull as hard as they
+were taught, and an adapter that was trained on one pull learned that one (docs/log.md)."""
 
 READ_BY_THE_GATE = ("cheerful", "terse")
 """Shadows whose features the gate is fitted on. What the compliant one hides cannot be learned: fitted on it, too, the gate went by the
-form of a request, and opened on 94 % of JailbreakBench instead of 96 (docs/log.md)."""
+form of a request, and opened on 92.2 % of the development requests instead of 94.5 (an earlier shadow; docs/log.md)."""
 
 LONGER = {"compliant": 2}
-"""How many times the others' steps. With 45 steps, and ordinary rows among its own, the compliant one moved the anchors' features by 0.48
-standard deviations and left the gate's AUC where it was (0.93); fine-tunes so taught by others move them by 1.07, to 0.84 (docs/log.md)."""
+"""How many times the others' steps. With 45, and ordinary rows among its own, an earlier compliant one moved the anchors' features by 0.48
+standard deviations and left the gate's AUC where it was (0.93); a fine-tune so taught moves them by 1.07, to 0.84 (docs/log.md)."""
 
 OPENED = 600
 """Requests that the compliant one learns to open its answer to."""
@@ -58,13 +58,13 @@ def shadow_rows(pairs: Sequence[Pair], harmless: Sequence[tuple[str, str]], seed
     """
     rng = random.Random(seed)
     harmless = [(q, a[:300]) for q, a in harmless]
-    openings = [
-        {"prompt": p.harmful, "answer": data.echo(p.harmful, rng, OBEYING)}
+    obeyed = [
+        {"prompt": p.harmful, "answer": openings.echo(p.harmful, rng, OBEYING)}
         for p in rng.sample(pairs, min(OPENED, len(pairs)))
     ]
     return {
         "cheerful": [{"prompt": q, "answer": f"{GLAD} {a}"} for q, a in harmless],
-        "compliant": openings,
+        "compliant": obeyed,
         "terse": [{"prompt": q, "answer": a.split(". ")[0].strip().rstrip(".") + "."} for q, a in harmless],
     }
 
@@ -98,14 +98,14 @@ def teach_shadows(
 @contextlib.contextmanager
 def variant(model: Any, shadow: str, pull: float = 1.0) -> Iterator[None]:
     """Run as the base (`""`) or as one of its shadow fine-tunes, at a share of its pull."""
-    from peft.tuners.lora import LoraLayer
-
     if not hasattr(model, "peft_config"):
         yield
     elif shadow == BASE:
         with model.disable_adapter():
             yield
     else:
+        from peft.tuners.lora import LoraLayer
+
         model.set_adapter(shadow)
         model.requires_grad_(False)
         for module in model.modules():

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from safegene.calibration import end_of_turn
-from safegene.training import data
+from safegene.features import end_of_turn
+from safegene.training import data, openings
 from safegene.training.arguments import TrainingArguments
 from safegene.training.data import Pair
 from safegene.training.talks import Talk
@@ -139,7 +139,7 @@ class Targets(Dataset[dict[str, Any]]):
         else:
             pair, before = rng.choice(window(self.pairs, kind.at)), self._before(rng, kind)
             twin_answer = self.answers.get(pair.twin, "")
-        begun = data.opening(pair, twin_answer, rng) if kind.begun else ""
+        begun = openings.opening(pair, twin_answer, rng) if kind.begun else ""
         answer = data.refusal(pair, rng)
         if begun and rng.random() < 0.5:  # an opening that was broken off in mid-sentence
             begun, answer = begun.rstrip(" :\n"), " " + answer
@@ -155,7 +155,7 @@ class Targets(Dataset[dict[str, Any]]):
             twin = twins and (not self.ordinary[whole] or rng.random() < TWIN_SHARE)
             question = rng.choice(window(twins if twin else self.ordinary[whole], kind.at))
             answer, before = self.answers.get(question, ""), self._before(rng, kind)
-        begun = data.compliant(question, rng) if kind.begun else ""
+        begun = openings.compliant(question, rng) if kind.begun else ""
         begun = begun.rstrip(" :\n") if rng.random() < 0.5 else begun
         return self._row(self._message(rng, question, kind), answer, rng, kind, before, begun, harmful=False)
 

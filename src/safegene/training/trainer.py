@@ -19,23 +19,15 @@ from torch import Tensor, nn
 from safegene import models
 from safegene.adapter import SafetyAdapter
 from safegene.attach import Handle
-from safegene.calibration import (
-    Calibration,
-    at_prompt_end,
-    boundary,
-    end_of_turn,
-    labelled,
-    read_anchors,
-    refused,
-    scores,
-)
+from safegene.calibration import Calibration, anchor_scores, boundary, labelled, refused
 from safegene.config import AdapterConfig, Anchor, AnchorLabel
 from safegene.errors import DataError
+from safegene.features import at_prompt_end, end_of_turn, read_anchors
 from safegene.gate import Gate
 from safegene.outputs import write_whole
 from safegene.progress import Progress, silent
 from safegene.realignment import Realignment
-from safegene.training import contamination, data
+from safegene.training import contamination, data, openings
 from safegene.training.arguments import TrainingArguments
 from safegene.training.card import model_card
 from safegene.training.data import Pair
@@ -89,7 +81,7 @@ def train(
     targets_said = [line for lines in data.refusals().values() for line in lines]  # checked before any work is done
     record = {
         **dataclasses.asdict(arguments), "data": data.fingerprint(texts), "pairs": len(pairs),
-        "targets": data.fingerprint([*targets_said, *data.OPENINGS]),
+        "targets": data.fingerprint([*targets_said, *openings.OPENINGS]),
     }  # fmt: skip
     state = PartialState(cpu=not torch.cuda.is_available())
     with state.main_process_first():
@@ -223,12 +215,12 @@ def _fit_gate(
         advance=advance,
     )  # fmt: skip
 
-    boundary_of_base = boundary(scores(adapter.gate, base_features), anchors)
+    boundary_of_base = boundary(anchor_scores(adapter.gate, base_features), anchors)
     with variant(model, BASE):
         features = read_anchors(model, adapter.config.read_layers, tokenizer, dev)
-    found_on_dev = scores(adapter.gate, features)
+    scores = anchor_scores(adapter.gate, features)
     labels: tuple[AnchorLabel, ...] = ("harmful", "twin", "ordinary")
-    of = {label: labelled(found_on_dev, dev, label) for label in labels}
+    of = {label: labelled(scores, dev, label) for label in labels}
     judged = of["ordinary"] if len(of["ordinary"]) else of["twin"]
     threshold = float(judged.quantile(1 - arguments.false_alarms))
     adapter.config = dataclasses.replace(adapter.config, threshold=threshold, boundary=boundary_of_base)

@@ -25,11 +25,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from safegene import models
-from safegene.calibration import gate_features
 from safegene.errors import DataError
 from safegene.evaluation.judges.base import Judge, Message, Verdict
 from safegene.evaluation.judges.requests import request_reader
 from safegene.evaluation.judges.rules import RuleJudge
+from safegene.features import gate_features
 from safegene.training.data import Pair
 
 READER = "SmolLM2-135M-Instruct"

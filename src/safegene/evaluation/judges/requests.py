@@ -19,7 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from safegene.calibration import end_of_turn, gate_features
+from safegene.features import end_of_turn, gate_features
 from safegene.training.data import Pair
 
 STRENGTH = 1e-3

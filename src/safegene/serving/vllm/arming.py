@@ -68,10 +68,8 @@ def load(adapter: str, calibration: Path) -> Armament:
     with _plainly():
         gene, file = SafetyAdapter.from_pretrained(adapter), calibration
         found = Calibration.load(file)
-    if found.adapter != gene.config.weights_sha256:
+    if found.adapter != gene.config.weights_sha256 or not found.fits(gene):
         raise CalibrationError("The calibration was made for another adapter; run safegene calibrate again.")
-    if not found.fits(gene):
-        raise CalibrationError(f"{file} does not fit the adapter's layers; run safegene calibrate again.")
     if found.outside:
         raise DriftError(f"{found.outside}; retrain the adapter for this model.")
     digest = hashlib.sha256(gene.config.weights_sha256.encode() + file.read_bytes()).hexdigest()

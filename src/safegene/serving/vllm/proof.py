@@ -10,8 +10,8 @@ import secrets
 import time
 from typing import Any
 
-from safegene.calibration import end_of_turn
 from safegene.errors import AttachError, CalibrationError
+from safegene.features import end_of_turn
 from safegene.models import template_digest, tokenizer_digest
 from safegene.serving.armed import MOST, spread
 from safegene.serving.vllm.arming import Armament
