@@ -30,15 +30,14 @@ class TrainingArguments:
     answer_tokens: int = 48
     long_answers: int = 400
     """How many of the ordinary ones at full length: the gate has to stay shut through an answer, not only at its start.
-    Half of these are kept out of training and set the threshold."""
+    Half of these are kept out of training and tell how often the gate opens on ordinary chats."""
     long_answer_tokens: int = 200
     shadow_steps: int = 45
     gate_steps: int = 3000
     twin_weight: float = 0.12
     """Weight of the twins in the gate's loss (see `gate_fit.fit`)."""
-    false_alarms: float = 0.055
-    """Share of unseen ordinary chats, answers included, in which the gate may open: sets the threshold on the base.
-    Chosen while looking at Alpaca-like and MT-Bench prompts too (docs/log.md), so it is no held-out choice."""
+    misses: float = 0.02
+    """Share of unseen harmful requests on which the gate may stay shut: sets the threshold on the base (ADR 3)."""
     probe_steps: int = 1000
     steps: int = 1000
     rows_per_step: int = 40
@@ -84,8 +83,8 @@ class TrainingArguments:
         for name, low in _AT_LEAST.items():
             if not getattr(self, name) >= low:
                 raise DataError(f"{path}: {name} is {getattr(self, name)!r}; it must be at least {low}.")
-        if not 0 < self.held_out < 1 or not 0 < self.false_alarms < 1:
-            raise DataError(f"{path}: held_out and false_alarms are shares; give numbers between 0 and 1.")
+        if not 0 < self.held_out < 1 or not 0 < self.misses < 1:
+            raise DataError(f"{path}: held_out and misses are shares; give numbers between 0 and 1.")
         if not (self.learning_rate > 0 and self.strength > 0):
             raise DataError(f"{path}: learning_rate and strength must be above 0.")
         if self.dtype not in ("bfloat16", "float16", "float32"):

@@ -30,7 +30,7 @@ class Drawn(NamedTuple):
 
 
 DRAWN = (
-    Drawn(BASE, often=2.0), Drawn("cheerful"), Drawn("compliant", 0.4), Drawn("compliant", 0.7), Drawn("compliant"), Drawn("terse"),
+    Drawn(BASE, often=3.0), Drawn("cheerful"), Drawn("compliant", 0.4), Drawn("compliant", 0.7), Drawn("compliant"), Drawn("terse"),
 )  # fmt: skip
 """At 0.4, 0.7 and 1 of its pull the compliant one puts a refusal's first token 9, 14 and 17 nats below "Sure": fine-tunes pull as hard as they
 were taught, and an adapter that was trained on one pull learned that one (docs/log.md)."""

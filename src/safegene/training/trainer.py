@@ -105,7 +105,7 @@ def train(
         model, tokenizer, taught, out / "shadows", steps=arguments.shadow_steps, seed=arguments.seed, progress=progress,
     )  # fmt: skip
 
-    # Anchors and the chats that set the threshold are unseen by the gate: on what it was fitted on it is too sure of itself.
+    # Anchors and the rows that set the threshold are unseen by the gate: on what it was fitted on it is too sure of itself.
     k, everyday = arguments.anchors_per_kind, set(ordinary)
     n, cores = min(k, len(pairs) // 8), list({p.core: p for p in pairs}.values())
     # Of every form, for a realignment knows what it has seen.
@@ -195,7 +195,7 @@ def _fit_gate(
     adapter: SafetyAdapter, model: Any, tokenizer: Any, rows: Sequence[GateRow], dev: Sequence[Anchor],
     shadows: Sequence[str], arguments: TrainingArguments, out: Path, progress: Progress,
 ) -> None:  # fmt: skip
-    """Fit the gate on the base and its shadows, and set its threshold on development chats of the base."""
+    """Fit the gate on the base and its shadows, and set its threshold on unseen requests, on the base."""
     layers, anchors = adapter.config.gate_layers, adapter.config.anchors
     sets: list[tuple[GateFeatures, Sequence[GateRow]]] = []
     for name in (BASE, *(s for s in shadows if s in READ_BY_THE_GATE)):
@@ -221,8 +221,7 @@ def _fit_gate(
     scores = anchor_scores(adapter.gate, features)
     labels: tuple[AnchorLabel, ...] = ("harmful", "twin", "ordinary")
     of = {label: labelled(scores, dev, label) for label in labels}
-    judged = of["ordinary"] if len(of["ordinary"]) else of["twin"]
-    threshold = float(judged.quantile(1 - arguments.false_alarms))
+    threshold = float(of["harmful"].quantile(arguments.misses))
     adapter.config = dataclasses.replace(adapter.config, threshold=threshold, boundary=boundary_of_base)
     report = {"threshold": threshold, "boundary": boundary_of_base} | {
         f"opened_{label}": {"n": len(s), "share": float((s > threshold).float().mean())} for label, s in of.items()
