@@ -28,6 +28,7 @@ from safegene.training.arguments import TrainingArguments
 from safegene.training.finetune import finetune
 from safegene.training.gate_fit import GateFeatures, GateRow, fit, gate_rows, read
 from safegene.training.open_gate import OpenGate, Variant, common_prefix, realigned
+from safegene.training.own_text import own_text
 from safegene.training.shadows import OBEYING, Drawn, shadow_rows, teach_shadows, variant
 from safegene.training.talks import hold
 from safegene.training.targets import Targets, collate
@@ -254,6 +255,49 @@ def test_a_refusal_that_gives_harm_is_no_target(
     monkeypatch.setattr(data, "TEXT", tmp_path)
     with pytest.raises(DataError, match=r"theft\.json"):
         data._refusal_parts.__wrapped__()
+
+
+def test_a_teams_own_text_is_trained_on_beside_ours(tokenizer: Any, tmp_path: Path, little_text: None) -> None:
+    mine = [
+        {
+            "category": "fraud",
+            "harmful": f"Forge invoice number {i} of our supplier.",
+            "twin": f"Find invoice number {i}.",
+        }
+        for i in range(40)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, mine)))
+    (tmp_path / "ordinary.jsonl").write_text(json.dumps({"text": "When is my parcel due?"}))
+    files = {"pairs_file": str(tmp_path / "pairs.jsonl"), "ordinary_file": str(tmp_path / "ordinary.jsonl")}
+    base = saved("llama", tokenizer, tmp_path / "base")
+    train(TrainingArguments(model=base, **{**SMALL, **files}), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "safegene's text and 41 rows that were added to it" in card
+    with pytest.raises(DataError, match="other settings or other text"):
+        train(TrainingArguments(model=base, **SMALL), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"category": "pranks", "harmful": "a", "twin": "b"}, "row 1: no category 'pranks'; use animals"),
+        ({"category": "fraud", "harmful": "Forge it.", "twin": "Forge it. "}, "row 1: the twin is the harmful request"),
+        ({"category": "fraud", "harmful": "Forge it."}, "no text under 'twin'"),
+    ],
+)
+def test_own_text_that_cannot_be_trained_on_is_named(row: dict[str, str], said: str, tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
+    with pytest.raises(DataError, match=said):
+        own_text(str(tmp_path / "pairs.jsonl"), "", 0.1)
+
+
+def test_own_pairs_are_kept_out_by_their_words(tmp_path: Path) -> None:
+    rows = [{"category": "fraud", "harmful": f"Forge bill {i}.", "twin": f"Pay bill {i}."} for i in range(200)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = own_text(str(tmp_path / "pairs.jsonl"), "", 0.1)
+    assert len(found.pairs) + len(found.held_out) == found.rows == 200
+    assert 5 < len(found.held_out) < 40
+    assert found.held_out == own_text(str(tmp_path / "pairs.jsonl"), "", 0.1).held_out
 
 
 def test_a_mix_with_an_evaluation_prompt_is_refused(

@@ -23,6 +23,10 @@ class TrainingArguments:
     rank: int = 16
     dtype: str = "bfloat16"
     seed: int = 0
+    pairs_file: str = ""
+    """Pairs of your own beside the project's: JSONL with `category`, `harmful` and `twin` (see `own_text`)."""
+    ordinary_file: str = ""
+    """Everyday requests of your own beside the project's: JSONL with `text`."""
     frames_per_core: int = 3
     held_out: float = 0.08
     harmless_answers: int = 1400

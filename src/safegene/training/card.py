@@ -19,8 +19,8 @@ handle = safegene.attach(model, safegene.SafetyAdapter.from_pretrained("..."), t
 ```
 
 - {parameters:,} parameters: a gate that reads layers {gate} and rank-{rank} interventions at layers {interventions}.
-- Trained on the project's own text alone ({pairs:,} framed pairs of a harmful request and its harmless twin, {conversations} pairs of
-  conversations, {ordinary:,} ordinary requests, {refusals} refusals) and on the base's own answers to harmless requests. No public set, no evaluation prompt.
+- Trained on {whose} ({pairs:,} framed pairs of a harmful request and its harmless twin, {conversations} pairs of
+  conversations, {ordinary:,} ordinary requests, {refusals} refusals) and on the base's own answers to harmless requests. No evaluation prompt.
 - {shadows}
 - On held-out text of the project (development data) its gate opens on {harmful} of harmful requests, {twin} of their twins
   and {ordinary_opened} of ordinary chats, answers included.
@@ -40,9 +40,13 @@ def model_card(
         found = report[f"opened_{label}"]
         return f"{100 * found['share']:.1f} % (n = {found['n']})"
 
+    own, counts = counts["own"], {k: n for k, n in counts.items() if k != "own"}
+    added = (
+        f"safegene's text and {own:,} rows that were added to it" if own else "safegene's own text alone, no public set"
+    )
     return _CARD.format(
         base=config.base_model, hub_id=hub_id, parameters=adapter.parameter_count(), gate=", ".join(map(str, config.gate_layers)),
-        rank=config.rank, interventions=", ".join(map(str, config.intervention_layers)), **counts,
+        rank=config.rank, interventions=", ".join(map(str, config.intervention_layers)), whose=added, **counts,
         shadows=f"Drift in training: {shadows} shadow fine-tunes." if shadows else "No drift augmentation.",
         harmful=share("harmful"), twin=share("twin"), ordinary_opened=share("ordinary"),
     )  # fmt: skip

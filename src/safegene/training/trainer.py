@@ -34,6 +34,7 @@ from safegene.training.data import Pair
 from safegene.training.finetune import Report
 from safegene.training.gate_fit import ORDERS, GateFeatures, GateRow, fit, gate_rows, make_anchors, read, realign
 from safegene.training.open_gate import OpenGate, realigned
+from safegene.training.own_text import own_text
 from safegene.training.shadows import BASE, DRAWN, READ_BY_THE_GATE, shadow_rows, teach_shadows, variant
 from safegene.training.talks import hold
 from safegene.training.targets import TARGET_FRAMES, Targets, collate
@@ -70,7 +71,11 @@ def train(
     """
     rng = random.Random(arguments.seed)
     pairs, held_out = data.pairs(arguments.seed, arguments.frames_per_core, arguments.held_out)
-    ordinary = list(data.ordinary())
+    own = own_text(arguments.pairs_file, arguments.ordinary_file, arguments.held_out)
+    if own.pairs:
+        pairs, held_out = pairs + own.pairs, held_out + own.held_out
+        rng.shuffle(pairs)  # the first of them become anchors and probes
+    ordinary = [*data.ordinary(), *own.ordinary]
     rng.shuffle(ordinary)
     more, _ = data.pairs(arguments.seed + 1, TARGET_FRAMES, arguments.held_out)
     led = [c for c in data.conversations() if not data.is_held_out(" ".join(c.harmful), arguments.held_out)]
@@ -87,8 +92,8 @@ def train(
     with state.main_process_first():
         _claim(out, json.loads(json.dumps(record)))
 
-    own = str(state.device) if state.num_processes > 1 else None
-    loaded = models.load(arguments.model, dtype=getattr(torch, arguments.dtype), device=own)
+    own_device = str(state.device) if state.num_processes > 1 else None
+    loaded = models.load(arguments.model, dtype=getattr(torch, arguments.dtype), device=own_device)
     model, tokenizer = loaded.model, loaded.tokenizer
     config = models.unwrap(model).config.get_text_config()
     if max(arguments.intervention_layers) >= config.num_hidden_layers:
@@ -151,6 +156,7 @@ def train(
         "conversations": len(talks),
         "ordinary": len(ordinary),
         "refusals": len(targets_said),
+        "own": own.rows,
     }
     report = json.loads((out / "gate.json").read_text(encoding="utf-8"))
     if state.is_main_process:
