@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 
 from conftest import random_adapter, tiny
 from safegene.attach import attach
-from safegene.calibration import Calibration, calibrate
+from safegene.calibration import Calibration, calibrate_gate
 from safegene.config import Anchor
 from safegene.errors import AdapterFileError, AttachError, CalibrationError, UncalibratedWarning
 from safegene.models import unwrap
@@ -60,14 +60,22 @@ def test_another_model_without_calibration_is_warned_of() -> None:
 def test_calibration_reads_the_model_as_it_serves(tokenizer: Any) -> None:
     base = tiny()
     adapter = random_adapter(base, tokenizer, anchors=ANCHORS)
-    expected = calibrate(base, adapter, tokenizer)
+    expected = calibrate_gate(base, adapter, tokenizer)
     lora = get_peft_model(tiny(), LoraConfig(r=2, lora_dropout=0.5, target_modules=["q_proj"]))
     lora.train()
     lora.get_base_model().gradient_checkpointing_enable()
-    found = calibrate(lora, adapter, tokenizer)
+    found = calibrate_gate(lora, adapter, tokenizer)
     torch.testing.assert_close(found.gate, expected.gate, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found.down, expected.down, atol=1e-4, rtol=1e-4)
     assert lora.training
+
+
+def test_a_part_that_is_offloaded_is_refused_before_any_hook() -> None:
+    model = tiny()
+    adapter = random_adapter(model)
+    model.model.layers[1].mlp.to("meta")  # where accelerate leaves what it keeps on disk
+    with pytest.raises(AttachError, match="offloaded"):
+        attach(model, adapter)
 
 
 def test_a_lora_added_after_attach_stops_the_call() -> None:

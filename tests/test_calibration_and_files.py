@@ -14,8 +14,8 @@ import torch
 
 from conftest import CONFIGS, random_adapter, tiny
 from safegene.adapter import SafetyAdapter
-from safegene.attach import attach
-from safegene.calibration import REFUSAL_TOKENS, Calibration, anchor_scores, boundary, calibrate, refused, settle
+from safegene.attach import attach, calibrate
+from safegene.calibration import REFUSAL_TOKENS, Calibration, anchor_scores, boundary, calibrate_gate, refused, settle
 from safegene.config import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig, Anchor
 from safegene.errors import AdapterFileError, CalibrationError, DriftError, ModelNotFoundError
 from safegene.features import at_prompt_end, end_of_turn, gate_features, read_anchors
@@ -67,13 +67,13 @@ def test_features_do_not_depend_on_the_company_they_are_read_in(name: str, token
 def test_calibration_on_the_base_changes_little_and_realigns_a_shifted_model(tokenizer: Any) -> None:
     model = tiny()
     adapter = calibrated(model, tokenizer)
-    same = calibrate(model, adapter, tokenizer)
+    same = calibrate_gate(model, adapter, tokenizer)
     assert same.report["feature_shift"] < 1e-3
     assert not same.outside
     torch.testing.assert_close(same.gate, adapter.gate.weight, atol=1e-2, rtol=1e-2)
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.add_(0.02 * torch.randn(32, 64))
-    moved = calibrate(model, adapter, tokenizer)
+    moved = calibrate_gate(model, adapter, tokenizer)
     assert moved.report["feature_shift"] > 0.01
     assert moved.checkpoint == weights_digest(model) != same.checkpoint
 
@@ -111,7 +111,7 @@ def test_calibration_file_is_bound_to_adapter_and_checkpoint(tokenizer: Any, tmp
     model = tiny()
     adapter = calibrated(model, tokenizer)
     adapter.save_pretrained(tmp_path / "a")
-    calibration = calibrate(model, adapter, tokenizer)
+    calibration = calibrate_gate(model, adapter, tokenizer)
     calibration.save(tmp_path / "c.safetensors")
     loaded = Calibration.load(tmp_path / "c.safetensors")
     assert loaded.threshold == calibration.threshold
@@ -168,6 +168,23 @@ def test_strength_rises_until_anchors_are_refused_as_on_the_base(
     assert handle.calibration.strength == pytest.approx(strength)
     assert handle.status()["report"]["anchors_refused_on_base"] == 0.8
     assert next(left, None) is None
+
+
+def test_a_calibration_made_by_hand_is_the_one_that_attach_makes(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny()
+    adapter = calibrated(model, tokenizer)
+    adapter.config = replace(adapter.config, strength=1.5, refused=0.8, refusals=("I cannot",))
+    monkeypatch.setattr("safegene.attach.refused", lambda *_: 0.3)
+    found = calibrate(model, adapter, tokenizer)
+    assert "Only 30 % of the harmful anchors" in found.outside
+    assert found.checkpoint
+    with pytest.raises(DriftError, match="Only 30 %"):
+        attach(model, adapter, calibration=found)
+    handle = attach(model, adapter, tokenizer=tokenizer, allow_drift=True)
+    assert (handle.calibration.strength, handle.calibration.report) == (found.strength, found.report)
+    handle.detach()
 
 
 def test_refused_counts_the_adapters_own_words(tokenizer: Any) -> None:

@@ -18,14 +18,14 @@ from conftest import ANCHORS, CONFIGS, random_adapter, tiny
 from safegene import models
 from safegene.adapter import SafetyAdapter
 from safegene.attach import attach
-from safegene.calibration import Calibration, calibrate, fold_gate
+from safegene.calibration import Calibration, calibrate_gate, fold_gate
 from safegene.errors import DataError
 from safegene.gate import Gate
 from safegene.progress import silent
 from safegene.realignment import Realignment
 from safegene.training import contamination, data, openings
 from safegene.training.arguments import TrainingArguments
-from safegene.training.finetune import finetune
+from safegene.training.finetune import finetune, thaw
 from safegene.training.gate_fit import GateFeatures, GateRow, fit, gate_rows, read
 from safegene.training.open_gate import OpenGate, Variant, common_prefix, realigned
 from safegene.training.own_text import own_text
@@ -91,6 +91,7 @@ def test_train_attach_and_go_on_after_a_kill(
 
     monkeypatch.setattr(models, "generate", never)
     monkeypatch.setattr("safegene.training.shadows.tune", never)
+    monkeypatch.setattr("safegene.training.trainer.boundary", never)
     again = train(arguments, tmp_path / "out")
     for key, value in again.state_dict().items():
         torch.testing.assert_close(value, adapter.state_dict()[key], atol=1e-5, rtol=1e-5)
@@ -175,7 +176,7 @@ def test_training_reads_a_shadow_as_attaching_would(tokenizer: Any) -> None:
     model = tiny()
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.add_(0.05 * torch.randn(32, 64))
-    met, trained_on = calibrate(model, adapter, tokenizer), realigned(adapter, model, tokenizer)
+    met, trained_on = calibrate_gate(model, adapter, tokenizer), realigned(adapter, model, tokenizer)
     parts: Any = adapter.interventions.values()
     for index, part in enumerate(parts):
         weight, bias = trained_on.realignment.fold(2 + index, part.down, part.bias)
@@ -479,6 +480,16 @@ def test_features_of_other_rows_are_not_taken_for_these(tokenizer: Any, tmp_path
     assert torch.equal(found.x, again.x)
     with pytest.raises(DataError, match="features of other text"):
         read(tiny(), (1, 2), gate_rows(tokenizer, pairs[2:4], [], {}, None), kept, tokenizer, lambda n: None)
+
+
+def test_only_what_can_learn_is_thawed() -> None:
+    model = torch.nn.Module()
+    model.codes = torch.nn.Parameter(
+        torch.zeros(2, dtype=torch.uint8), requires_grad=False
+    )  # as 4-bit weights are kept
+    model.scale = torch.nn.Parameter(torch.ones(2), requires_grad=False)
+    thaw(model)
+    assert [p.requires_grad for p in (model.codes, model.scale)] == [False, True]
 
 
 def test_a_fine_tune_generates_as_fast_as_its_base(tokenizer: Any) -> None:

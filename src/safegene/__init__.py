@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from safegene.adapter import SafetyAdapter
-    from safegene.attach import Handle, attach
+    from safegene.attach import Handle, attach, calibrate
     from safegene.baselines.fold import fold
-    from safegene.calibration import Calibration, calibrate
+    from safegene.calibration import Calibration
     from safegene.config import AdapterConfig, Anchor
     from safegene.errors import SafegeneError
 
@@ -39,7 +39,7 @@ _HOME = {
     "SafegeneError": "errors",
     "SafetyAdapter": "adapter",
     "attach": "attach",
-    "calibrate": "calibration",
+    "calibrate": "attach",
     "fold": "baselines.fold",
 }
 

@@ -104,13 +104,22 @@ class SafetyAdapter(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> Self:
-        """Load from a folder, a shipped adapter's name or a hub id (see `safegene.hub.load_adapter`)."""
+        """Load from a folder, a shipped adapter's name or a hub id (see `safegene.hub.load_adapter`).
+
+        Raises:
+            AdapterFileError: missing, damaged, or of another version of the format.
+        """
         from safegene import hub
 
         return hub.load_adapter(name, cls, revision=revision)
 
     def save_pretrained(self, folder: str | Path, *, card: str | None = None) -> None:
-        """Write `safegene_config.json`, `safegene_model.safetensors` and `README.md` (see `safegene.hub.save_adapter`)."""
+        """Write `safegene_config.json`, `safegene_model.safetensors` and `README.md` (see `safegene.hub.save_adapter`); the weights'
+        digest goes into the configuration.
+
+        Raises:
+            AdapterFileError: the weights hold NaN, or the folder cannot be written.
+        """
         from safegene import hub
 
         hub.save_adapter(self, Path(folder), card=card)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from safegene.adapter import Correction, SafetyAdapter, intervene
-from safegene.calibration import ENOUGH, MIN_REFUSED, STRENGTHS, Calibration, calibrate, fold_gate, refused
+from safegene.calibration import ENOUGH, MIN_REFUSED, STRENGTHS, Calibration, calibrate_gate, fold_gate, refused
 from safegene.errors import AttachError, CalibrationError, DriftError, GateError, UncalibratedWarning
 from safegene.gate import open_hard, open_soft
 from safegene.models import (
@@ -268,10 +268,15 @@ def attach(
     With a tokenizer it calibrates at once (forward passes only, seconds); with a calibration, or the file of one, it uses that; with
     neither it uses the base's thresholds, which a fine-tune outgrows: then it warns (UncalibratedWarning), unless the model is the base.
 
-    Raises:
-        AttachError: wrong architecture, size, tokenizer or base; already attached. The model is left as it was.
+    Args:
+        allow_drift: attach although the gate has lost its way here, or the weights lie far from the base's.
+
+    Raises (the model is left as it was):
+        AttachError: wrong architecture, size, tokenizer or base; weights not floating point or not loaded; an adapter with NaN; one is
+            attached already.
         DriftError: the model moved further than the adapter was trained for, and `allow_drift` is false.
-        CalibrationError: the calibration belongs to another checkpoint or adapter.
+        CalibrationError: the calibration belongs to another checkpoint, adapter or chat template, or cannot be read; the model cannot
+            generate, or its hidden states hold NaN; the adapter carries no anchors, or the tokenizer no chat template.
     """
     distance = check(model, adapter, tokenizer, allow_drift=allow_drift)
     if isinstance(calibration, str | Path):
@@ -284,9 +289,7 @@ def attach(
         if tokenizer is not None and calibration.template not in ("", template_digest(tokenizer)):
             raise CalibrationError("The calibration was made with another chat template; run safegene calibrate again.")
     elif tokenizer is not None:
-        calibration = calibrate(model, adapter, tokenizer)
-        if adapter.config.refused:
-            calibration = _strengthen(model, adapter, calibration, tokenizer)
+        calibration = _calibrate(model, adapter, tokenizer)
     else:
         calibration = Calibration.of_base(adapter)
         if distance > SAME:
@@ -299,9 +302,23 @@ def attach(
     return Handle(model, adapter, calibration)
 
 
-def _strengthen(model: Any, adapter: SafetyAdapter, calibration: Calibration, tokenizer: Any) -> Calibration:
-    """`calibration` with the strength at which the harmful anchors are refused as often as on the base."""
-    config = adapter.config
+def calibrate(model: Any, adapter: SafetyAdapter, tokenizer: Any) -> Calibration:
+    """What `attach` would measure and set on `model`, to be saved for a server; the model is left as it was.
+
+    Drift raises nothing here: `Calibration.outside` tells it, and `attach` refuses such a calibration.
+
+    Raises:
+        AttachError, CalibrationError: as `attach`.
+    """
+    check(model, adapter, tokenizer)
+    return _calibrate(model, adapter, tokenizer)
+
+
+def _calibrate(model: Any, adapter: SafetyAdapter, tokenizer: Any) -> Calibration:
+    """The gate's calibration, with the strength at which the harmful anchors are refused as often as on the base."""
+    calibration, config = calibrate_gate(model, adapter, tokenizer), adapter.config
+    if not config.refused:
+        return calibration
     shares: dict[float, float] = {}
     for factor in STRENGTHS:
         tried = replace(calibration, strength=factor * config.strength)
@@ -335,6 +352,8 @@ def check(model: Any, adapter: SafetyAdapter, tokenizer: Any = None, *, allow_dr
     check_fit(config, base.config.get_text_config())
     if len(decoder_layers(model)) != config.num_layers:
         raise AttachError("The model's decoder layers do not match its config; load it again.")
+    if any(p.is_meta for p in model.parameters()):
+        raise AttachError("A part of the model is offloaded; load it whole on its devices, or quantised.")
     if not next(model.parameters()).is_floating_point() and not hasattr(base, "hf_quantizer"):
         raise AttachError("The model's weights are not floating point; load it in float32, bfloat16 or float16.")
     if tokenizer is not None and config.tokenizer_digest and tokenizer_digest(tokenizer) != config.tokenizer_digest:

@@ -3,7 +3,7 @@
 A fine-tune keeps the order of the gate's scores and loses their level (docs/log.md). So the labelled anchor prompts
 that travel with the adapter are read on the model, and
 
-    features    x̂, the base's as far as the anchors tell           see `realignment`
+    features    x̂, mapped back to the base's                       see `realignment`
     threshold   τ = τ_base + ½ (b − b_base) + ½ (h − h_base)
 
 where b is the upper end of the ordinary anchors' scores, answers included (90 % quantile), and h the lower end of the
@@ -65,6 +65,11 @@ class Calibration:
     """What attach needs to know about one checkpoint: the matrices that read its residual, realignment inside, and the thresholds.
 
     gate [gate layers, width, d], gate_bias [width]; down [interventions, rank, d], down_bias [interventions, rank].
+
+    Attributes:
+        adapter, checkpoint, template: digests of what it belongs to; "": bound to none.
+        outside: why the model lies outside what the adapter was trained for; "": it does not.
+        report: what was measured, by name.
     """
 
     gate: Tensor
@@ -273,8 +278,8 @@ def settle(adapter: SafetyAdapter, features: Sequence[Tensor]) -> tuple[Calibrat
     return calibration, realignment
 
 
-def calibrate(model: Any, adapter: SafetyAdapter, tokenizer: Any) -> Calibration:
-    """Read the anchors on `model` and set the gate for it.
+def calibrate_gate(model: Any, adapter: SafetyAdapter, tokenizer: Any) -> Calibration:
+    """Read the anchors on `model`, realign the gate and set its threshold; the strength stays the base's (see `attach.calibrate`).
 
     Raises:
         CalibrationError: the adapter carries no anchors of both kinds, or the model's features are NaN.

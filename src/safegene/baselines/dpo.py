@@ -14,7 +14,7 @@ from safegene.baselines.red_team import wrapped
 from safegene.errors import DataError
 from safegene.models import LoadedModel
 from safegene.training import data, openings
-from safegene.training.finetune import Report, lora
+from safegene.training.finetune import Report, lora, on_one_device, thaw
 
 BETA = 0.1
 
@@ -47,12 +47,12 @@ class Dpo(Method):
         with tempfile.TemporaryDirectory() as scratch:
             trainer: Any = DPOTrainer(
                 model=lora(loaded.model),
-                args=DPOConfig(
+                args=on_one_device(DPOConfig(
                     output_dir=scratch, max_steps=setting.steps, per_device_train_batch_size=8, learning_rate=2e-4,
                     lr_scheduler_type="cosine", warmup_steps=5, beta=BETA, max_length=256, save_strategy="no", report_to=[],
                     seed=0, disable_tqdm=True, use_cpu=not torch.cuda.is_available(), bf16=False,
                     gradient_checkpointing=False, logging_steps=10,
-                ),
+                )),
                 train_dataset=Dataset.from_list(rows),
                 processing_class=loaded.tokenizer,
                 callbacks=[Report(setting.progress(self.name, setting.steps))],
@@ -61,7 +61,7 @@ class Dpo(Method):
             trainer.train()
         model = trainer.model.merge_and_unload()
         model.config.use_cache = True
-        model.requires_grad_(True)
+        thaw(model)
         tuned = LoadedModel(model.eval(), loaded.tokenizer, loaded.name)
         return Protected(model, loaded.tokenizer, generated(tuned), Cost(len(rows), setting.steps))
 

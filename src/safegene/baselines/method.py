@@ -256,6 +256,7 @@ def matrices(model: Any) -> dict[str, Tensor]:
 
 
 def difference(one: str | Path, other: str | Path) -> dict[str, Tensor]:
-    """Weights of one model minus those of another, float32 [out, in], matrix by matrix."""
-    first, second = (matrices(models.load(name, dtype="float32").model) for name in (one, other))
+    """Weights of one model minus those of another, float32 [out, in], matrix by matrix; on the CPU, for beside the models they would
+    not fit on a GPU."""
+    first, second = (matrices(models.load(name, dtype="float32", device="cpu").model) for name in (one, other))
     return {name: first[name] - second[name] for name in first}

@@ -40,12 +40,12 @@ class SafeLora(Method):
         for name, weight in weights.items():
             update = weight.float() - self.base[name].float()
             if float(update.norm()):
-                similar[name] = project(self.safety[name], update)[1]
+                similar[name] = project(self.safety[name].to(update.device), update)[1]
         away = sorted(similar, key=lambda name: similar[name])[: round(SHARE * len(similar))]
         for name in away:
             start = self.base[name].float()
             update = weights[name].float() - start
-            projected, _ = project(self.safety[name], update)
+            projected, _ = project(self.safety[name].to(update.device), update)
             weights[name].copy_((start + self.mended(name, update, projected)).to(weights[name].dtype))
         report = {**self.report, "matrices_moved": float(len(similar)), "matrices_mended": float(len(away))}
         return Protected(loaded.model, loaded.tokenizer, generated(loaded), Cost(), report=report)

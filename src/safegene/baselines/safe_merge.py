@@ -24,4 +24,4 @@ class SafeMerge(SafeLora):
         self.safe = difference(setting.aligned(), setting.base)
 
     def mended(self, name: str, update: Tensor, projected: Tensor) -> Tensor:
-        return ALPHA * update + (1 - ALPHA) * self.safe[name]
+        return ALPHA * update + (1 - ALPHA) * self.safe[name].to(update.device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from safegene.baselines.method import SAFETY_DATA, Cost, Method, Protected, Setting, generated, matrices
-from safegene.models import LoadedModel
+from safegene.models import LoadedModel, default_device
 
 GAMMA = 1.0
 DROPPED = 0.3
@@ -37,7 +37,7 @@ class SafetyVector(Method):
 
     def protect(self, loaded: LoadedModel, setting: Setting) -> Protected:
         for name, weight in matrices(loaded.model).items():
-            weight.copy_((weight.float() + self.added[name]).to(weight.dtype))
+            weight.copy_((weight.float() + self.added[name].to(weight.device)).to(weight.dtype))
         return Protected(loaded.model, loaded.tokenizer, generated(loaded), Cost(), report=self.report)
 
 
@@ -48,10 +48,10 @@ class LowRankVector(SafetyVector):
     source = "LSSF, arXiv 2602.00038"
 
     def vector(self, name: str, difference: Tensor) -> Tensor:
-        u, s, vt = torch.linalg.svd(difference, full_matrices=False)
+        u, s, vt = torch.linalg.svd(difference.to(default_device()), full_matrices=False)
         k = rank(s)
         part: Tensor = (u[:, :k] * s[:k]) @ vt[:k]
-        return part
+        return part.to(difference.device)
 
 
 def rank(singular_values: Tensor) -> int:

@@ -16,7 +16,10 @@ from safegene.outputs import prepare_file
 
 
 def command(
-    recipe: Annotated[Path, typer.Argument(help="recipes/bench-*.yaml; or the word overhead: time alone.")],
+    recipe: Annotated[
+        Path,
+        typer.Argument(help="A recipe such as recipes/bench-*.yaml; or the word overhead, to time an adapter only."),
+    ],
     data: Annotated[
         str, typer.Option(help="Folder of the public data sets, or the hub id of one that holds them.")
     ] = "",

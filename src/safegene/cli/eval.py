@@ -22,7 +22,7 @@ def command(
         str,
         typer.Option(
             help="Comma-separated suites (see --list). The default leaves out the public sets, and jailbreak: 40 requests in every "
-            "wrapper, and the default judge, the rules, reads English only."
+            "wrapper, and the judge rules reads English only."
         ),
     ] = OWN,
     judge: Annotated[str, typer.Option(help="Judge (see safegene judge --help).")] = "rules",

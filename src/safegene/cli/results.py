@@ -19,7 +19,9 @@ def command(
     adapter: Annotated[str, typer.Option(help="Adapter of that base.")] = "smollm2-135m-instruct",
     out: Annotated[Path, typer.Option(help="Where texts and figures are kept; run again to go on.")] = Path("results"),
     n: Annotated[int, typer.Option(min=10, help="Prompts of each set at most.")] = 300,
-    variants: Annotated[str, typer.Option(help="Comma-separated: base and fine-tunes.")] = "base,sure,gsm8k,medical",
+    variants: Annotated[
+        str, typer.Option(help="Comma-separated, of base, sure, gsm8k, medical, role-play, identity, compliant.")
+    ] = "base,sure,gsm8k,medical",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, nothing else.")] = False,
 ) -> None:
     """Measure an adapter on its base and on fine-tunes of it, from public data sets."""

@@ -29,12 +29,12 @@ def command(
     playground: Annotated[bool, typer.Option("--playground", help="Show a page at / that also gives answers without the adapter.")] = False,
     audit: Annotated[Path | None, typer.Option(help="Append one JSON line an answer to this file; with vllm, one a request.")] = None,
     audit_text: Annotated[bool, typer.Option("--audit-text", help="Write prompts and answers into it, too.")] = False,
-    max_batch: Annotated[int | None, typer.Option(min=1, help=f"Answers generated together; {MAX_BATCH} where nothing else is said.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help=f"New tokens of an answer at most; {MAX_TOKENS} where nothing else is said.")] = None,
-    max_body: Annotated[int | None, typer.Option(min=1, help="Bytes of a request's body at most; 1,048,576 where nothing else is said.")] = None,
-    timeout: Annotated[float | None, typer.Option(min=1, help="Seconds that an answer may take, waiting included; 120 where nothing else is said, 600 with vllm.")] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: the checkpoint's, which is the default with --calibration.")] = "",
-    allow_drift: Annotated[bool, typer.Option("--allow-drift", help="Serve even when the gate has lost its way here.")] = False,
+    max_batch: Annotated[int | None, typer.Option(min=1, help=f"Answers generated together; default {MAX_BATCH}.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help=f"New tokens of an answer at most; default {MAX_TOKENS}.")] = None,
+    max_body: Annotated[int | None, typer.Option(min=1, help="Bytes of a request's body at most; default 1,048,576.")] = None,
+    timeout: Annotated[float | None, typer.Option(min=1, help="Seconds that an answer may take, waiting included; default 120, with vllm 600.")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto, the checkpoint's. Default: auto with --calibration, else bfloat16; with vllm the calibration's.")] = "",
+    allow_drift: Annotated[bool, typer.Option("--allow-drift", help="Serve even when the gate has lost its way here, or the weights lie far from the base's.")] = False,
     more: Annotated[list[str] | None, typer.Argument(metavar="-- VLLM_OPTIONS", help="With --engine vllm: options of vLLM's own server, after --.")] = None,
 ) -> None:  # fmt: skip
     """Answer over HTTP as OpenAI's API does, through a safety adapter that has proved itself armed."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
@@ -67,11 +68,22 @@ class Report(TrainerCallback):
         self.told = state.global_step
 
 
+def on_one_device(arguments: Any) -> Any:
+    """The Trainer's arguments, without DataParallel: beside several GPUs and no launcher, it would copy the model to each of them,
+    the copies would have lost their hooks, and a step as many times the rows."""
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
+
+
 def tune(
     model: Any, tokenizer: Any, rows: Sequence[Row], *, steps: int, batch: int = 8, learning_rate: float = 5e-4,
     seed: int = 0, advance: Advance = lambda steps: None,
 ) -> Any:  # fmt: skip
-    """Train whatever of `model` requires gradients on `rows`, in place, through transformers' Trainer."""
+    """Train whatever of `model` requires gradients on `rows`, in place, through transformers' Trainer.
+
+    Args:
+        batch: rows of a step, of all processes together.
+    """
     from transformers import PrinterCallback, Trainer
     from transformers import TrainingArguments as TrainerArguments
 
@@ -79,11 +91,11 @@ def tune(
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(
             model=model,
-            args=TrainerArguments(
-                output_dir=scratch, max_steps=steps, per_device_train_batch_size=batch, learning_rate=learning_rate,
-                lr_scheduler_type="cosine", warmup_steps=5, logging_steps=10, save_strategy="no", report_to=[],
-                seed=seed, disable_tqdm=True, remove_unused_columns=False, use_cpu=not torch.cuda.is_available(),
-            ),
+            args=on_one_device(TrainerArguments(
+                output_dir=scratch, max_steps=steps, per_device_train_batch_size=max(1, batch // PartialState().num_processes),
+                learning_rate=learning_rate, lr_scheduler_type="cosine", warmup_steps=5, logging_steps=10, save_strategy="no",
+                report_to=[], seed=seed, disable_tqdm=True, remove_unused_columns=False, use_cpu=not torch.cuda.is_available(),
+            )),
             train_dataset=ChatRows(tokenizer, rows),
             data_collator=collate,
             callbacks=[Report(advance)],
@@ -127,17 +139,22 @@ def finetune(model: Any, tokenizer: Any, rows: Sequence[Row], out: Path | None, 
         try:
             tune(wrapped, tokenizer, rows, steps=steps, learning_rate=learning_rate, seed=seed, advance=advance)
         except BaseException:  # Ctrl-C, too: the caller's model goes back without the half-taught LoRA
-            wrapped.unload().requires_grad_(True)
+            thaw(wrapped.unload())
             raise
         model = wrapped.merge_and_unload()
     else:
-        for parameter in model.parameters():
-            parameter.requires_grad_(True)
+        thaw(model)
         model = tune(model, tokenizer, rows, steps=steps, learning_rate=learning_rate / 10, seed=seed, advance=advance)
     # As from_pretrained gives it. On the CPU a frozen output layer is copied once a row when it reads the last position of a
     # batch (torch folds the product only where a gradient may be asked for): 40 answers began 2.5 seconds later.
-    model.requires_grad_(True)
+    thaw(model)
     if out is not None:
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
     return model.eval()
+
+
+def thaw(model: Any) -> None:
+    """Ask for gradients wherever there can be any: quantised matrices are whole numbers."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())

@@ -89,9 +89,10 @@ def teach_shadows(
         tune(model, tokenizer, taught, steps=mine, seed=seed, advance=progress(f"shadow fine-tune '{name}'", mine))
         if PartialState().is_main_process:
             model.save_pretrained(folder, selected_adapters=[name])
-    for parameter in model.parameters():  # PEFT keeps LoRA in float32, which halves the speed beside a bfloat16 base
+    for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
-        parameter.data = parameter.data.to(dtype)
+        if "lora_" in name:  # PEFT keeps them in float32, which halves the speed beside a bfloat16 base
+            parameter.data = parameter.data.to(dtype)
     return model.eval()
 
 

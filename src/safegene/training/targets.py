@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -106,7 +107,7 @@ class Targets(Dataset[dict[str, Any]]):
         }
 
     def __len__(self) -> int:
-        return self.arguments.steps
+        return self.arguments.steps * PartialState().num_processes  # of which the Trainer gives each process its share
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = random.Random(f"{self.arguments.seed}/{index}")

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import random
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from safegene import models
@@ -31,7 +32,7 @@ from safegene.training import contamination, data, openings
 from safegene.training.arguments import TrainingArguments
 from safegene.training.card import model_card
 from safegene.training.data import Pair
-from safegene.training.finetune import Report
+from safegene.training.finetune import Report, on_one_device
 from safegene.training.gate_fit import ORDERS, GateFeatures, GateRow, fit, gate_rows, make_anchors, read, realign
 from safegene.training.open_gate import OpenGate, realigned
 from safegene.training.own_text import own_text
@@ -49,6 +50,9 @@ ANCHOR_ANSWER = 120
 """Characters of an ordinary anchor's answer: every attachment reads them."""
 
 SAVE_STEPS = 50
+
+LONGEST_STAGE = timedelta(hours=12)
+"""How long one process may wait for another under `accelerate launch`."""
 
 READING_RATE = 0.2
 """Learning rate of what an intervention reads, over that of what it writes. At 1 the probes were gone within some tens of steps, and in
@@ -85,10 +89,11 @@ def train(
         raise DataError(f"{len(clash)} training texts contain evaluation prompts ('{clash[0][:60]}…'); remove them.")
     targets_said = [line for lines in data.refusals().values() for line in lines]  # checked before any work is done
     record = {
-        **dataclasses.asdict(arguments), "data": data.fingerprint(texts), "pairs": len(pairs),
+        **asdict(arguments), "data": data.fingerprint(texts), "pairs": len(pairs),
         "targets": data.fingerprint([*targets_said, *openings.OPENINGS]),
     }  # fmt: skip
-    state = PartialState(cpu=not torch.cuda.is_available())
+    # The first process makes what all of them read, and the others wait for it longer than they are wont to.
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=LONGEST_STAGE)
     with state.main_process_first():
         _claim(out, json.loads(json.dumps(record)))
 
@@ -149,7 +154,7 @@ def train(
     adapter.cpu()  # the Trainer moved the interventions to its device; calibration is read beside them
     with variant(model, BASE):
         handle = Handle(model, adapter, Calibration.of_base(adapter))
-        adapter.config = dataclasses.replace(adapter.config, refused=refused(model, tokenizer, adapter.config))
+        adapter.config = replace(adapter.config, refused=refused(model, tokenizer, adapter.config))
         handle.detach()
     counts = {
         "pairs": len(pairs),
@@ -174,7 +179,8 @@ def _claim(out: Path, record: dict[str, Any]) -> None:
         raise DataError(f"{path} is damaged ({error}); remove {out}, or give another --out.") from error
     if {k: there.get(k) for k in record} != record:
         raise DataError(f"{out} holds a run with other settings or other text; give another --out, or remove it.")
-    write_whole(path, json.dumps(record, indent=1) + "\n")
+    if not path.exists():
+        write_whole(path, json.dumps(record, indent=1) + "\n")
 
 
 def _harmless_answers(
@@ -201,8 +207,15 @@ def _fit_gate(
     adapter: SafetyAdapter, model: Any, tokenizer: Any, rows: Sequence[GateRow], dev: Sequence[Anchor],
     shadows: Sequence[str], arguments: TrainingArguments, out: Path, progress: Progress,
 ) -> None:  # fmt: skip
-    """Fit the gate on the base and its shadows, and set its threshold on unseen requests, on the base."""
+    """Fit the gate on the base and its shadows, and set its threshold on unseen requests, on the base; or take what is kept."""
     layers, anchors = adapter.config.gate_layers, adapter.config.anchors
+    if (out / "gate.json").exists():  # written last
+        kept = load_file(out / "gate.safetensors")
+        adapter.anchor_features = kept.pop("anchor_features")
+        adapter.gate.load_state_dict(kept)
+        report = json.loads((out / "gate.json").read_text(encoding="utf-8"))
+        adapter.config = replace(adapter.config, threshold=report["threshold"], boundary=tuple(report["boundary"]))
+        return
     sets: list[tuple[GateFeatures, Sequence[GateRow]]] = []
     for name in (BASE, *(s for s in shadows if s in READ_BY_THE_GATE)):
         some = rows if name == BASE else random.Random(name).sample(list(rows), int(len(rows) * SHADOW_SHARE))
@@ -228,12 +241,12 @@ def _fit_gate(
     labels: tuple[AnchorLabel, ...] = ("harmful", "twin", "ordinary")
     of = {label: labelled(scores, dev, label) for label in labels}
     threshold = float(of["harmful"].quantile(arguments.misses))
-    adapter.config = dataclasses.replace(adapter.config, threshold=threshold, boundary=boundary_of_base)
+    adapter.config = replace(adapter.config, threshold=threshold, boundary=boundary_of_base)
     report = {"threshold": threshold, "boundary": boundary_of_base} | {
         f"opened_{label}": {"n": len(s), "share": float((s > threshold).float().mean())} for label, s in of.items()
     }
-    save_file(adapter.gate.state_dict(), out / "gate.safetensors")
-    (out / "gate.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    save_file({**adapter.gate.state_dict(), "anchor_features": adapter.anchor_features}, out / "gate.safetensors")
+    write_whole(out / "gate.json", json.dumps(report, indent=1) + "\n")
 
 
 def _train_interventions(
@@ -259,20 +272,21 @@ def _train_interventions(
     trainer = Trainer(
         model=OpenGate(model, adapter, variants, targets.tokenizer.eos_token_id),
         optimizers=(optimiser(adapter, arguments.learning_rate), None),
-        args=TrainerArguments(
+        args=on_one_device(TrainerArguments(
             output_dir=str(checkpoints), max_steps=arguments.steps, per_device_train_batch_size=1,
             learning_rate=arguments.learning_rate, lr_scheduler_type="cosine", warmup_steps=10, logging_steps=10,
             save_steps=SAVE_STEPS, save_total_limit=2, report_to=[], seed=arguments.seed, remove_unused_columns=False,
             disable_tqdm=True, use_cpu=not torch.cuda.is_available(), label_names=["labels"], max_grad_norm=1.0,
-        ),
+        )),
         train_dataset=targets,
         data_collator=functools.partial(collate, pad=targets.tokenizer.pad_token_id or 0),
         callbacks=[Report(progress("training the interventions", arguments.steps))],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to results
-    for folder in checkpoints.glob("checkpoint-*"):
-        if not (folder / "trainer_state.json").exists():  # written last: this one was cut off
-            shutil.rmtree(folder)
+    with PartialState().main_process_first():
+        for folder in checkpoints.glob("checkpoint-*"):
+            if not (folder / "trainer_state.json").exists():  # written last: this one was cut off
+                shutil.rmtree(folder)
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.exists() else None
     trainer.train(resume_from_checkpoint=last)
     (out / "losses.json").write_text(json.dumps(trainer.state.log_history), encoding="utf-8")
