@@ -24,7 +24,7 @@ _HELP = "usage: safegene VERB [options]\n\n{}\n\nsafegene VERB --help tells a ve
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0 fine, 1 failed, 2 usage.
+    """Run one verb; returns the exit code: 0 fine, 1 failed or a threshold missed, 2 usage.
 
     Verbs are looked up before anything heavy is imported, so that --help answers at once.
     """

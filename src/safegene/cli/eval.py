@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +45,12 @@ def command(
     out: Annotated[Path, typer.Option(help="Where texts and figures are kept; run again to go on.")] = Path(
         "safetyeval"
     ),
+    min_safety: Annotated[
+        float, typer.Option(min=0, max=1, help="Exit with 1 when the safety score of a suite lies under this share.")
+    ] = 0,
+    max_over_refusal: Annotated[
+        float, typer.Option(min=0, max=1, help="Exit with 1 when the over-refusal of a suite lies over this share.")
+    ] = 1,
     list_suites: Annotated[bool, typer.Option("--list", help="List the suites and their sizes, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, nothing else.")] = False,
 ) -> None:
@@ -51,6 +58,7 @@ def command(
     from safegene.evaluation import public_suites
     from safegene.evaluation import suite as suites
     from safegene.evaluation.evaluate import evaluate
+    from safegene.evaluation.scores import missed
     from safegene.evaluation.tables import evaluation_markdown, suites_markdown
     from safegene.evaluation.wrappers import WRAPPERS
 
@@ -79,3 +87,7 @@ def command(
         print(json.dumps(result))
     else:
         Console().print(evaluation_markdown(result), markup=False, highlight=False, soft_wrap=True)
+    if lines := missed(result["suites"], min_safety, max_over_refusal):
+        for line in lines:
+            print(f"safegene eval: threshold missed, {line}", file=sys.stderr)
+        raise typer.Exit(1)
