@@ -83,6 +83,8 @@ def test_train_attach_and_go_on_after_a_kill(
     adapter = SafetyAdapter.from_pretrained(tmp_path / "out")
     assert any(bool(part.up.abs().sum() > 0) for part in adapter.interventions.values())
     assert {a.label for a in adapter.config.anchors} == {"harmful", "twin", "ordinary"}
+    unseen = json.loads((tmp_path / "out" / "gate.json").read_text())["opened_harmful"]
+    assert 1 - arguments.misses - 1 / unseen["n"] <= unseen["share"] < 1  # the threshold's place
     loaded = models.load(base)
     attach(loaded.model, adapter, tokenizer=loaded.tokenizer, allow_drift=True).detach()
 
