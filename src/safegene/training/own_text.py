@@ -19,7 +19,7 @@ class OwnText(NamedTuple):
 
     @property
     def rows(self) -> int:
-        return sum(map(len, self))
+        return len(self.pairs) + len(self.held_out) + len(self.ordinary)
 
 
 def own_text(pairs_file: str, ordinary_file: str, held_out: float) -> OwnText:
