@@ -107,7 +107,9 @@ class Targets(Dataset[dict[str, Any]]):
         }
 
     def __len__(self) -> int:
-        return self.arguments.steps * int(PartialState().num_processes)  # of which the Trainer gives each process its share
+        return self.arguments.steps * int(
+            PartialState().num_processes
+        )  # of which the Trainer gives each process its share
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = random.Random(f"{self.arguments.seed}/{index}")
