@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,9 @@ from safegene.progress import silent
 from safegene.realignment import Realignment
 from safegene.training import contamination, data, openings
 from safegene.training.arguments import TrainingArguments
-from safegene.training.finetune import finetune, thaw
+from safegene.training.finetune import finetune, on_one_device, thaw
 from safegene.training.gate_fit import GateFeatures, GateRow, fit, gate_rows, read
 from safegene.training.open_gate import OpenGate, Variant, common_prefix, realigned
-from safegene.training.own_text import own_text
 from safegene.training.shadows import OBEYING, Drawn, shadow_rows, teach_shadows, variant
 from safegene.training.talks import hold
 from safegene.training.targets import Targets, collate
@@ -280,29 +280,6 @@ def test_a_teams_own_text_is_trained_on_beside_ours(tokenizer: Any, tmp_path: Pa
         train(TrainingArguments(model=base, **SMALL), tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    ("row", "said"),
-    [
-        ({"category": "pranks", "harmful": "a", "twin": "b"}, "row 1: no category 'pranks'; use animals"),
-        ({"category": "fraud", "harmful": "Forge it.", "twin": "Forge it. "}, "row 1: the twin is the harmful request"),
-        ({"category": "fraud", "harmful": "Forge it."}, "no text under 'twin'"),
-    ],
-)
-def test_own_text_that_cannot_be_trained_on_is_named(row: dict[str, str], said: str, tmp_path: Path) -> None:
-    (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
-    with pytest.raises(DataError, match=said):
-        own_text(str(tmp_path / "pairs.jsonl"), "", 0.1)
-
-
-def test_own_pairs_are_kept_out_by_their_words(tmp_path: Path) -> None:
-    rows = [{"category": "fraud", "harmful": f"Forge bill {i}.", "twin": f"Pay bill {i}."} for i in range(200)]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    found = own_text(str(tmp_path / "pairs.jsonl"), "", 0.1)
-    assert len(found.pairs) + len(found.held_out) == found.rows == 200
-    assert 5 < len(found.held_out) < 40
-    assert found.held_out == own_text(str(tmp_path / "pairs.jsonl"), "", 0.1).held_out
-
-
 def test_a_mix_with_an_evaluation_prompt_is_refused(
     tokenizer: Any, tmp_path: Path, little_text: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -482,6 +459,21 @@ def test_features_of_other_rows_are_not_taken_for_these(tokenizer: Any, tmp_path
     assert torch.equal(found.x, again.x)
     with pytest.raises(DataError, match="features of other text"):
         read(tiny(), (1, 2), gate_rows(tokenizer, pairs[2:4], [], {}, None), kept, tokenizer, lambda n: None)
+
+
+@pytest.mark.parametrize(("there", "used"), [(0, 0), (1, 1), (4, 1)])
+def test_no_copies_are_made_on_other_gpus(there: int, used: int) -> None:
+    assert on_one_device(types.SimpleNamespace(n_gpu=there))._n_gpu == used
+
+
+def test_every_process_has_batches_of_its_own(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = TrainingArguments(model="m", **SMALL)
+    targets = Targets(
+        tokenizer, data.pairs(0, 1, 0.0)[0][:40], ["Name a fish."], [("Name a fish.", "A trout.")], arguments
+    )
+    assert len(targets) == arguments.steps
+    monkeypatch.setattr("safegene.training.targets.PartialState", lambda: types.SimpleNamespace(num_processes=4))
+    assert len(targets) == 4 * arguments.steps
 
 
 def test_only_what_can_learn_is_thawed() -> None:

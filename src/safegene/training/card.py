@@ -22,8 +22,8 @@ handle = safegene.attach(model, safegene.SafetyAdapter.from_pretrained("..."), t
 - Trained on {whose} ({pairs:,} framed pairs of a harmful request and its harmless twin, {conversations} pairs of
   conversations, {ordinary:,} ordinary requests, {refusals} refusals) and on the base's own answers to harmless requests. No evaluation prompt.
 - {shadows}
-- On held-out text of the project (development data) its gate opens on {harmful} of harmful requests, {twin} of their twins
-  and {ordinary_opened} of ordinary chats, answers included.
+- On text that was kept out of training its gate opens on {harmful} of harmful requests, which is where its threshold was set, on
+  {twin} of their twins and on {ordinary_opened} of ordinary chats, answers included (development data).
 - What it does not do: it does not stop someone who takes it off; it was not attacked yet; it judges text, not who asks.
 """
 

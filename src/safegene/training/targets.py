@@ -107,9 +107,8 @@ class Targets(Dataset[dict[str, Any]]):
         }
 
     def __len__(self) -> int:
-        return self.arguments.steps * int(
-            PartialState().num_processes
-        )  # of which the Trainer gives each process its share
+        # The Trainer gives each process its share of them.
+        return self.arguments.steps * int(PartialState().num_processes)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = random.Random(f"{self.arguments.seed}/{index}")
