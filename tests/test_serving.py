@@ -17,7 +17,7 @@ import pytest
 from openai import OpenAI
 
 from safegene.serving.audit import Audit
-from served import CHAT, FAR, KEY, NAME, PROMPTS, Served, alone, middle, serving, whole
+from served import CHAT, FAR, NAME, PROMPTS, Served, alone, middle, serving, whole
 
 
 @pytest.fixture(scope="module")
