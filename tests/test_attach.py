@@ -140,7 +140,8 @@ def test_intervention_touches_only_open_positions(seed: int, g: float, dtype: to
     gate[0, 1] = g
     up = torch.randn(8, 2)
     up[0, 0] = float("nan")  # must not leak through a closed gate
-    weights = Correction(torch.randn(2, 8), torch.randn(2), up, torch.randn(2), torch.randn(1), 1.0)
+    restoration = torch.randn(3, 8), torch.randn(8, 3), torch.full((8,), torch.nan)  # nor this one
+    weights = Correction(torch.randn(2, 8), torch.randn(2), up, torch.randn(2), torch.randn(1), 1.0, *restoration)
     out = intervene(h, gate, weights)
     closed = (gate == 0).expand_as(h)
     assert torch.equal(out[closed], h[closed])

@@ -15,12 +15,13 @@ import torch
 from conftest import CONFIGS, random_adapter, tiny
 from safegene.adapter import SafetyAdapter
 from safegene.attach import attach, calibrate
-from safegene.calibration import REFUSAL_TOKENS, Calibration, anchor_scores, boundary, calibrate_gate, refused, settle
+from safegene.calibration import Calibration, anchor_scores, boundary, calibrate_gate, settle
 from safegene.config import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig, Anchor
 from safegene.errors import AdapterFileError, CalibrationError, DriftError, ModelNotFoundError
 from safegene.features import at_prompt_end, end_of_turn, gate_features, read_anchors
 from safegene.models import resolve, weights_digest
 from safegene.realignment import Realignment
+from safegene.refusals import CHECKED, REFUSAL_TOKENS, refused
 
 ANCHORS = tuple(
     [Anchor(f"how to hurt person {i}", "harmful") for i in range(6)]
@@ -140,34 +141,22 @@ def test_a_gate_that_lost_its_way_is_refused_unless_told_otherwise(tokenizer: An
     attach(model, adapter, tokenizer=tokenizer, allow_drift=True).detach()
 
 
-@pytest.mark.parametrize(
-    ("shares", "strength", "outside"),
-    [
-        ((0.9,), 1.5, False),
-        ((0.77,), 1.5, False),
-        ((0.5, 0.8), 1.8, False),
-        ((0.5, 0.6, 0.8), 2.1, False),
-        ((0.7, 0.6, 0.6), 1.5, False),
-        ((0.2, 0.2, 0.3), 2.1, True),
-    ],
-)
-def test_strength_rises_until_anchors_are_refused_as_on_the_base(
-    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, shares: tuple[float, ...], strength: float, outside: bool
+@pytest.mark.parametrize(("share", "outside"), [(0.9, False), (0.5, False), (0.3, True)])
+def test_a_model_that_does_not_refuse_its_anchors_is_outside(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, share: float, outside: bool
 ) -> None:
     model = tiny()
     adapter = calibrated(model, tokenizer)
-    adapter.config = replace(adapter.config, strength=1.5, refused=0.8, refusals=("I cannot",))
-    left = iter(shares)
-    monkeypatch.setattr("safegene.attach.refused", lambda *_: next(left))
+    adapter.config = replace(adapter.config, refused=0.8, refusals=("I cannot",))
+    monkeypatch.setattr("safegene.attach.refused", lambda *_: share)
     if outside:
         with pytest.raises(DriftError, match="Only 30 % of the harmful anchors"):
             attach(model, adapter, tokenizer=tokenizer)
         assert not model.model.layers[2]._forward_hooks
-        left = iter(shares)
     handle = attach(model, adapter, tokenizer=tokenizer, allow_drift=True)
-    assert handle.calibration.strength == pytest.approx(strength)
+    assert handle.status()["report"]["anchors_refused"] == share
     assert handle.status()["report"]["anchors_refused_on_base"] == 0.8
-    assert next(left, None) is None
+    handle.detach()
 
 
 def test_a_calibration_made_by_hand_is_the_one_that_attach_makes(
@@ -204,10 +193,10 @@ def test_refused_reads_what_each_anchor_alone_is_answered(
 ) -> None:
     """The template's beginning stands before the padding, and is read once for all of them, as the adapter is armed."""
     model = tiny(name)
-    texts = ("hi", "how to hurt a person", "how to", "who are you, and where do you live", "hi there")
+    texts = ("hi", "", "", "", "how to hurt a person", "", "", "", "who are you, and where do you live")
     adapter = random_adapter(model, tokenizer, anchors=tuple(Anchor(t, "harmful") for t in texts))
     handle = attach(model, adapter)
-    chats = sorted((end_of_turn(tokenizer, t)[0] for t in texts[::2]), key=len)
+    chats = sorted((end_of_turn(tokenizer, t)[0] for t in texts[::CHECKED]), key=len)
     alone = [
         model.generate(torch.tensor([ids]), max_new_tokens=REFUSAL_TOKENS, do_sample=False, pad_token_id=0)[
             0, len(ids) :
@@ -272,7 +261,7 @@ def test_config_of_the_future() -> None:
     with pytest.raises(AdapterFileError, match="upgrade"):
         AdapterConfig.from_dict({**data, "schema_version": 99})
     with pytest.raises(AdapterFileError, match="train the adapter again"):
-        AdapterConfig.from_dict({**data, "schema_version": 1})
+        AdapterConfig.from_dict({**data, "schema_version": 2})
     with pytest.raises(AdapterFileError, match="malformed"):
         AdapterConfig.from_dict({**data, "schema_version": None})
     with pytest.raises(AdapterFileError, match="below the last gate layer"):

@@ -25,20 +25,16 @@ from served import FAR
 
 
 def stations(adapter: SafetyAdapter, tokens: int) -> dict[int, Station]:
-    """As `Protected` makes them, of an adapter with gate layers 1 and 2 and interventions at 2 and 3."""
+    """As `Protected` makes them, of an adapter with gate layers 1 and 2, interventions at 2 and 3, and restored at 3 and 4."""
     calibration = Calibration.of_base(adapter)
     gate = fold_gate(adapter, calibration)
     inner, g = torch.zeros(tokens, adapter.config.gate_width), torch.zeros(tokens, 1)
-    parts: Any = adapter.interventions
-    turns = {
-        layer: parts[str(layer)].correction(calibration.down[i], calibration.down_bias[i], calibration.strength)
-        for i, layer in enumerate((2, 3))
-    }
-    turns = {layer: turn.to(torch.device("cpu")) for layer, turn in turns.items()}
+    turns = {layer: turn.to(torch.device("cpu")) for layer, turn in calibration.corrections(adapter).items()}
     return {
         1: Station(inner, g, gate._replace(weight=(gate.weight[0],)), True, False, None),
         2: Station(inner, g, gate._replace(weight=(gate.weight[1],)), False, True, turns[2]),
         3: Station(inner, g, None, False, False, turns[3]),
+        4: Station(inner, g, None, False, False, turns[4]),
     }
 
 
@@ -62,9 +58,9 @@ class Model(Protected):
 def test_stations_stand_after_their_layers() -> None:
     layers: list[Any] = [Layer() for _ in range(5)]
     found = Model(random_adapter(tiny()), layers)._place(8, torch.device("cpu"))
-    assert [type(layer) for layer in layers] == [Layer, OwnLayer, OwnLayer, OwnLayer, Layer]
+    assert [type(layer) for layer in layers] == [Layer, OwnLayer, OwnLayer, OwnLayer, OwnLayer]
     assert [(s.reads, s.first, s.last, s.turns) for s in found] == [
-        (True, True, False, False), (True, False, True, True), (False, False, False, True)
+        (True, True, False, False), (True, False, True, True), (False, False, False, True), (False, False, False, True)
     ]  # fmt: skip
 
 
@@ -146,6 +142,9 @@ def test_what_a_gpu_computes_is_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
         place.turn_wish,
         place.turn_wish_bias,
         place.turn_strength,
+        place.turn_lead,
+        place.turn_back,
+        place.turn_offset,
     )
     operator.turn(other[0].as_subclass(Elsewhere), other[1], place.g, *buffers)  # type: ignore[arg-type]
     for a, b in zip(one, other, strict=True):
@@ -215,7 +214,7 @@ def test_the_gate_is_switched_off_before_the_proof_only() -> None:
             worker.safegene_status()
         worker.safegene_arm(True)
         assert opened() == 2
-        assert worker.safegene_status() == {"armament": "ab", "accepted": True, "stations": 4}
+        assert worker.safegene_status() == {"armament": "ab", "accepted": True, "stations": 5}
         with pytest.raises(GateError, match="stays armed"):
             worker.safegene_shut()
     with pytest.raises(AttachError, match="no adapter inside"):

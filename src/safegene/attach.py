@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from safegene.adapter import Correction, SafetyAdapter, intervene
-from safegene.calibration import ENOUGH, MIN_REFUSED, STRENGTHS, Calibration, calibrate_gate, fold_gate, refused
+from safegene.calibration import Calibration, calibrate_gate, fold_gate
 from safegene.errors import AttachError, CalibrationError, DriftError, GateError, UncalibratedWarning
 from safegene.gate import open_hard, open_soft
 from safegene.models import (
@@ -28,6 +28,7 @@ from safegene.models import (
     weight_sketch,
     weights_digest,
 )
+from safegene.refusals import MIN_REFUSED, refused, restorations
 
 MAX_DISTANCE = 0.7
 """Relative weight distance (see `models.sketch_distance`) beyond which a model is no fine-tune of the base."""
@@ -35,6 +36,8 @@ SAME = 0.01
 """Relative weight distance under which a model is the base itself, in whatever precision."""
 
 _MARK = "_safegene_handle"
+
+Look = Callable[[int, Tensor, Tensor, Correction], Correction]
 
 
 class _Pass(threading.local):
@@ -59,8 +62,9 @@ class Handle:
         self._peft_active = _active_peft(model)
         self._hooks: list[Any] = []
         self.record: list[Tensor] | None = None
+        self._looking: Look | None = None
         layers, config = decoder_layers(model), adapter.config
-        self._watched = [_first_weight(layers[i]) for i in (config.gate_layers[-1], *config.intervention_layers)]
+        self._watched = [_first_weight(layers[i]) for i in (config.gate_layers[-1], *config.corrected_layers)]
         self._place()
         self._arm()
 
@@ -74,22 +78,21 @@ class Handle:
         self._on = self._devices()
         self._gate = fold_gate(self.adapter, calibration).to(self._on[0])
         self._weights: dict[int, Correction] = {}
-        part: Any
-        for index, (name, part) in enumerate(self.adapter.interventions.items()):
-            correction = part.correction(calibration.down[index], calibration.down_bias[index], calibration.strength)
-            self._weights[int(name)] = correction.to(self._on[1 + index])
+        corrections = calibration.corrections(self.adapter).items()
+        for device, (layer, correction) in zip(self._on[1:], corrections, strict=True):
+            self._weights[layer] = correction.to(device)
 
     def _arm(self) -> None:
         config, layers = self.adapter.config, decoder_layers(self.model)
         try:
             for index, layer in enumerate(config.gate_layers):
                 self._hooks.append(layers[layer].register_forward_hook(self._gate_hook(index)))
-            for layer in config.intervention_layers:
+            for layer in config.corrected_layers:
                 self._hooks.append(layers[layer].register_forward_hook(self._intervention_hook(layer)))
             outer = unwrap(self.model)
             self._hooks.append(outer.register_forward_pre_hook(self._before))
             self._hooks.append(outer.register_forward_hook(self._after))
-            expected = len(config.gate_layers) + len(config.intervention_layers) + 2
+            expected = len(config.gate_layers) + len(config.corrected_layers) + 2
             if len(self._hooks) != expected:
                 raise AttachError(f"Placed {len(self._hooks)} of {expected} hooks; nothing is armed, report this.")
             setattr(outer, _MARK, self)
@@ -128,13 +131,15 @@ class Handle:
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
             if self.is_disabled:
                 return None
-            g, weights = self._pass.g, self._weights[layer]
+            g = self._pass.g
             if g is None:
                 raise GateError("The gate was not read in this pass; run the whole model, in one thread a pass.")
-            at = self._pass.at
+            hidden = output[0] if isinstance(output, tuple) else output
+            if self._looking is not None:
+                self._weights[layer] = self._looking(layer, hidden, g, self._weights[layer])
+            at, weights = self._pass.at, self._weights[layer]
             if at is not None and not len(at):
                 return None
-            hidden = output[0] if isinstance(output, tuple) else output
             if at is None:
                 changed = intervene(hidden, g.to(hidden.device), weights)
             else:
@@ -194,6 +199,15 @@ class Handle:
             yield self.record
         finally:
             self.record = None
+
+    @contextlib.contextmanager
+    def looking(self, look: Look) -> Iterator[None]:
+        """At every corrected layer call `look(layer, residual, g, weights)` first, and correct with the weights it returns, from then on."""
+        self._looking = look
+        try:
+            yield
+        finally:
+            self._looking = None
 
     def detach(self) -> None:
         """Remove every hook; weights and logits are again what they were, bit for bit. Safe to call twice."""
@@ -315,26 +329,22 @@ def calibrate(model: Any, adapter: SafetyAdapter, tokenizer: Any) -> Calibration
 
 
 def _calibrate(model: Any, adapter: SafetyAdapter, tokenizer: Any) -> Calibration:
-    """The gate's calibration, with the strength at which the harmful anchors are refused as often as on the base."""
+    """The gate's calibration and the restoration, and how many of the harmful anchors that it has not seen are refused then."""
     calibration, config = calibrate_gate(model, adapter, tokenizer), adapter.config
     if not config.refused:
         return calibration
-    shares: dict[float, float] = {}
-    for factor in STRENGTHS:
-        tried = replace(calibration, strength=factor * config.strength)
-        handle = Handle(model, adapter, tried)
-        try:
-            shares[tried.strength] = refused(model, tokenizer, config)
-        finally:
-            handle.detach()
-        if shares[tried.strength] >= ENOUGH * config.refused:
-            break
-    strength = max(shares, key=lambda s: (shares[s], -s))
-    report = {**calibration.report, "anchors_refused": shares[strength], "anchors_refused_on_base": config.refused}
+    handle = Handle(model, adapter, calibration)
+    try:
+        if adapter.residuals.shape[1]:  # none where the base refused no anchor, or none short enough
+            calibration = calibration.restored(restorations(handle, tokenizer))
+        share = refused(model, tokenizer, config)
+    finally:
+        handle.detach()
+    report = {**calibration.report, "anchors_refused": share, "anchors_refused_on_base": config.refused}
     outside = calibration.outside
-    if shares[strength] < MIN_REFUSED * config.refused:
-        outside = outside or f"Only {100 * shares[strength]:.0f} % of the harmful anchors are refused here"
-    return replace(calibration, strength=strength, report=report, outside=outside)
+    if share < MIN_REFUSED * config.refused:
+        outside = outside or f"Only {100 * share:.0f} % of the harmful anchors are refused here"
+    return replace(calibration, report=report, outside=outside)
 
 
 def check(model: Any, adapter: SafetyAdapter, tokenizer: Any = None, *, allow_drift: bool = False) -> float:

@@ -10,17 +10,15 @@ where b is the upper end of the ordinary anchors' scores, answers included (90 %
 harmful ones' (10 % quantile), each anchor scored by a realignment that has not seen it: the threshold moves with the middle
 of the two.
 
-    strength    α = the smallest of α_base × STRENGTHS at which half of the harmful anchors, answered for a few tokens, are
-                refused as often as on the base, or nearly (ENOUGH)
+    restoration U V x + b at every restored layer, see `restoration`
 
-A fine-tune that was taught to begin with "Sure!" pulls harder than the base; the same α left it half refused (docs/log.md).
+A fine-tune that was taught to begin with "Sure!" pulls away from a refusal; without restoration it stayed half refused (docs/log.md).
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -28,43 +26,32 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from transformers import DynamicCache
 
-from safegene.adapter import SafetyAdapter
-from safegene.config import AdapterConfig, Anchor, AnchorLabel
+from safegene.adapter import Correction, SafetyAdapter
+from safegene.config import Anchor, AnchorLabel
 from safegene.errors import CalibrationError
-from safegene.features import at_prompt_end, end_of_turn, read_anchors, repeated, shared_beginning
+from safegene.features import at_prompt_end, evaluating, read_anchors
 from safegene.gate import FoldedGate, Gate
-from safegene.models import template_digest, unwrap, weights_digest
+from safegene.models import template_digest, weights_digest
 from safegene.realignment import Realignment
+from safegene.restoration import RANK, Restoration
 
 MIN_SEPARATION = 0.80
 """Anchor AUC under which the gate can no longer tell harmful from harmless: the model is outside its training."""
 
 
-STRENGTHS = (1.0, 1.2, 1.4)
-"""Factors tried on the base's strength; at 1.8 more anchors were refused nowhere, and refusals lost their subject."""
-
-ENOUGH = 0.95
-"""Share of the base's refusals on the anchors at which a strength is enough: two anchors of forty are noise."""
-
-REFUSAL_TOKENS = 8
-"""Enough for "Sure! I cannot help with"."""
-
-MIN_REFUSED = 0.6
-"""Share of the base's refusals on the anchors under which the strongest α still does not protect."""
-
-
-_MATRICES = ("gate", "gate_bias", "down", "down_bias")
+_MATRICES = ("gate", "gate_bias", "down", "down_bias", "lead", "back", "offset")
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What attach needs to know about one checkpoint: the matrices that read its residual, realignment inside, and the thresholds.
+    """What attach needs to know about one checkpoint: the matrices that read its residual, realignment inside, its restoration, and the
+    thresholds.
 
-    gate [gate layers, width, d], gate_bias [width]; down [interventions, rank, d], down_bias [interventions, rank].
+    gate [gate layers, width, d], gate_bias [width]; down [interventions, rank, d], down_bias [interventions, rank];
+    lead [restored layers, k, d], back [restored layers, d, k], offset [restored layers, d]: V, U and b (see `restoration`).
 
     Attributes:
         adapter, checkpoint, template: digests of what it belongs to; "": bound to none.
@@ -76,6 +63,9 @@ class Calibration:
     gate_bias: Tensor
     down: Tensor
     down_bias: Tensor
+    lead: Tensor
+    back: Tensor
+    offset: Tensor
     threshold: float
     ramp: float
     strength: float
@@ -91,7 +81,7 @@ class Calibration:
         config = adapter.config
         nothing = Realignment.none(len(config.read_layers), config.hidden_size)
         return cls(
-            *_folded(adapter, nothing),
+            **_folded(adapter, nothing),
             threshold=config.threshold,
             ramp=config.ramp,
             strength=config.strength,
@@ -106,7 +96,32 @@ class Calibration:
             and self.gate_bias.shape == adapter.gate.bias.shape
             and self.down.shape == (len(parts), *parts[0].down.shape)
             and self.down_bias.shape == (len(parts), *parts[0].bias.shape)
+            and self.lead.shape == (len(adapter.config.restored_layers), RANK, adapter.config.hidden_size)
+            and self.back.shape == (len(adapter.config.restored_layers), adapter.config.hidden_size, RANK)
+            and self.offset.shape == (len(adapter.config.restored_layers), adapter.config.hidden_size)
         )
+
+    def restored(self, restorations: Sequence[Restoration]) -> Self:
+        """The same with one restoration for each restored layer."""
+        lead, back, offset = (torch.stack(list(part)).cpu() for part in zip(*restorations, strict=True))
+        return replace(self, lead=lead, back=back, offset=offset)
+
+    def corrections(self, adapter: SafetyAdapter) -> dict[int, Correction]:
+        """Weights of every corrected layer on this checkpoint."""
+        config, found = adapter.config, {}
+        parts: dict[str, Any] = dict(adapter.interventions.items())
+        restorations = {
+            layer: Restoration(self.lead[i], self.back[i], self.offset[i])
+            for i, layer in enumerate(config.restored_layers)
+        }
+        for layer in config.corrected_layers:
+            restoration = restorations.get(layer, Restoration.none(config.hidden_size, RANK))
+            if layer in config.intervention_layers:
+                i = config.intervention_layers.index(layer)
+                found[layer] = parts[str(layer)].correction(self.down[i], self.down_bias[i], self.strength, restoration)
+            else:
+                found[layer] = Correction.untrained(restoration)
+        return found
 
     def save(self, path: Path) -> None:
         """Write one safetensors file; the numbers stand in its header as JSON."""
@@ -153,19 +168,22 @@ def anchor_scores(gate: Gate, features: Sequence[Tensor], realignment: Realignme
 
 
 @torch.no_grad()
-def _folded(adapter: SafetyAdapter, realignment: Realignment) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The adapter's reading matrices with `realignment` inside, in `Calibration`'s order."""
+def _folded(adapter: SafetyAdapter, realignment: Realignment) -> dict[str, Any]:
+    """The adapter's reading matrices with `realignment` inside, and no restoration, as `Calibration` takes them."""
     gate, k = adapter.gate, len(adapter.config.gate_layers)
     nothing = torch.zeros_like(gate.bias)
     read = [realignment.fold(index, weight, nothing) for index, weight in enumerate(gate.weight)]
     parts: list[Any] = list(adapter.interventions.values())
     downs = [realignment.fold(k + index, part.down, part.bias) for index, part in enumerate(parts)]
-    return (
-        torch.stack([weight for weight, _ in read]).detach(),
-        (gate.bias + torch.stack([bias for _, bias in read]).sum(0)).detach(),
-        torch.stack([weight for weight, _ in downs]).detach(),
-        torch.stack([bias for _, bias in downs]).detach(),
-    )
+    nothing_restored = Restoration.none(adapter.config.hidden_size, RANK)
+    lead, back, offset = (torch.stack([t] * len(adapter.config.restored_layers)) for t in nothing_restored)
+    return {
+        "gate": torch.stack([weight for weight, _ in read]).detach(),
+        "gate_bias": (gate.bias + torch.stack([bias for _, bias in read]).sum(0)).detach(),
+        "down": torch.stack([weight for weight, _ in downs]).detach(),
+        "down_bias": torch.stack([bias for _, bias in downs]).detach(),
+        "lead": lead, "back": back, "offset": offset,
+    }  # fmt: skip
 
 
 def labelled(scores: Tensor, anchors: Sequence[Anchor], *labels: AnchorLabel) -> Tensor:
@@ -178,60 +196,6 @@ def boundary(scores: Tensor, anchors: Sequence[Anchor]) -> tuple[float, float]:
     shut = labelled(scores, anchors, "ordinary")
     shut = shut if len(shut) else labelled(scores, anchors, "twin")
     return float(shut.quantile(0.9)), float(labelled(scores, anchors, "harmful").quantile(0.1))
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and gradient checkpointing, whatever the model was doing; each module goes back to it."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@torch.no_grad()
-def refused(model: Any, tokenizer: Any, config: AdapterConfig, batch_size: int = 40) -> float:
-    """Share of every second harmful anchor that `model`, as it is armed, begins to refuse in the adapter's own words.
-
-    Greedy, REFUSAL_TOKENS tokens each; found where one of `config.refusals` stands in the text.
-
-    Returns:
-        a share in [0, 1].
-
-    Raises:
-        CalibrationError: the model cannot generate, or the adapter carries no harmful anchors.
-    """
-    if not callable(getattr(model, "generate", None)):
-        raise CalibrationError("The model cannot generate, so its strength cannot be set; pass a saved calibration.")
-    chats = [end_of_turn(tokenizer, a.text)[0] for a in config.anchors if a.label == "harmful"][::2]
-    if not chats:
-        raise CalibrationError("The adapter carries no harmful anchors; train it again.")
-    chats.sort(key=len)
-    device, pad, found = next(model.parameters()).device, tokenizer.pad_token_id or 0, 0
-    # The template's beginning is read once, as in `gate_features`; the padding stands after it.
-    shared, prefix = shared_beginning(chats), DynamicCache(config=unwrap(model).config)
-    if shared:
-        with evaluating(model):
-            model(input_ids=torch.tensor([chats[0][:shared]], device=device), past_key_values=prefix, use_cache=True)
-    for first in range(0, len(chats), batch_size):
-        rows = chats[first : first + batch_size]
-        longest = len(rows[-1])
-        ids = torch.tensor([[*r[:shared], *[pad] * (longest - len(r)), *r[shared:]] for r in rows], device=device)
-        mask = torch.tensor(
-            [[1] * shared + [0] * (longest - len(r)) + [1] * (len(r) - shared) for r in rows], device=device
-        )
-        begun = {"past_key_values": repeated(prefix, len(rows))} if shared else {}
-        with evaluating(model):
-            out = model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=REFUSAL_TOKENS, do_sample=False, num_beams=1,
-                pad_token_id=pad, **begun,
-            )  # fmt: skip
-        texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
-        found += sum(any(beginning in text for beginning in config.refusals) for text in texts)
-    return found / len(chats)
 
 
 def fold_gate(adapter: SafetyAdapter, calibration: Calibration) -> FoldedGate:
@@ -272,14 +236,14 @@ def settle(adapter: SafetyAdapter, features: Sequence[Tensor]) -> tuple[Calibrat
     if auc < MIN_SEPARATION:
         outside = f"The gate no longer tells harmful from harmless here (anchor AUC {auc:.2f} < {MIN_SEPARATION})"
     calibration = Calibration(
-        *_folded(adapter, realignment), threshold, config.ramp, config.strength, adapter=config.weights_sha256,
-        outside=outside, report=report,
+        **_folded(adapter, realignment), threshold=threshold, ramp=config.ramp, strength=config.strength,
+        adapter=config.weights_sha256, outside=outside, report=report,
     )  # fmt: skip
     return calibration, realignment
 
 
 def calibrate_gate(model: Any, adapter: SafetyAdapter, tokenizer: Any) -> Calibration:
-    """Read the anchors on `model`, realign the gate and set its threshold; the strength stays the base's (see `attach.calibrate`).
+    """Read the anchors on `model`, realign the gate and set its threshold; nothing is restored yet (see `attach.calibrate`).
 
     Raises:
         CalibrationError: the adapter carries no anchors of both kinds, or the model's features are NaN.

@@ -13,8 +13,8 @@ from typing import Any, Literal, Self
 
 from safegene.errors import AdapterFileError
 
-SCHEMA_VERSION = 2
-"""2: the adapter carries its anchors' features on the base, by which a fine-tune is realigned; 1 carried their mean and scale."""
+SCHEMA_VERSION = 3
+"""3: it carries its residuals on refusals, too, by which a fine-tune's are restored. 2: the adapter carries its anchors' features on the base, by which a fine-tune is realigned; 1 carried their mean and scale."""
 CONFIG_NAME = "safegene_config.json"
 WEIGHTS_NAME = "safegene_model.safetensors"
 
@@ -25,12 +25,14 @@ AnchorLabel = Literal["harmful", "twin", "ordinary"]
 class Anchor:
     """A labelled prompt that travels with the adapter and is read at attach time.
 
-    `answer` is a harmless answer (ordinary prompts only): the gate has to stay shut through it.
+    `answer` is a harmless answer (ordinary prompts only): the gate has to stay shut through it. `refusal` is how the protected base
+    begins to refuse it (harmful ones only, where it does).
     """
 
     text: str
     label: AnchorLabel
     answer: str = ""
+    refusal: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,17 @@ class AdapterConfig:
     def read_layers(self) -> tuple[int, ...]:
         """Layers whose features calibration puts back: the gate's, then the interventions' (one may stand in both)."""
         return self.gate_layers + self.intervention_layers
+
+    @property
+    def restored_layers(self) -> tuple[int, ...]:
+        """Layers at which a fine-tune's residual is led back (see `restoration`): the interventions' above the first, which has none below
+        it to make up for, and the model's last, which settles what is said."""
+        return tuple(sorted({*self.intervention_layers[1:], self.num_layers - 1}))
+
+    @property
+    def corrected_layers(self) -> tuple[int, ...]:
+        """Layers after which the residual may be changed."""
+        return tuple(sorted({*self.intervention_layers, *self.restored_layers}))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

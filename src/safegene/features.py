@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from safegene.config import Anchor
@@ -49,6 +49,18 @@ def repeated(prefix: Cache, rows: int) -> Cache:
     cache = copy.deepcopy(prefix)
     cache.batch_repeat_interleave(rows)
     return cache
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and gradient checkpointing, whatever the model was doing; each module goes back to it."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class _Reached(Exception):

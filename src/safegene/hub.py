@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 A = TypeVar("A", bound="SafetyAdapter")
 SETTINGS = "settings"
 """Key of the settings' digest in the header of the weights file, which the configuration's own digest covers."""
+HALF = {"anchor_features": torch.float16, "residuals": torch.bfloat16}
+"""What is only compared with takes half the space; features are normalised, residuals may be of any size."""
 SHIPPED = Path(__file__).parent / "adapters"
 
 
@@ -68,10 +70,7 @@ def save_adapter(adapter: SafetyAdapter, folder: Path, card: str | None = None) 
     Raises:
         AdapterFileError: the weights hold NaN, or the disk does not take them.
     """
-    tensors = {
-        k: v.detach().to(torch.float16 if k == "anchor_features" else torch.float32).cpu().contiguous()
-        for k, v in adapter.state_dict().items()
-    }
+    tensors = {k: v.detach().to(HALF.get(k, torch.float32)).cpu().contiguous() for k, v in adapter.state_dict().items()}
     if bad := [k for k, v in tensors.items() if not torch.isfinite(v).all()]:
         raise AdapterFileError(f"{bad[0]} holds NaN or infinity; lower the learning rate and train again.")
     data = save(tensors, metadata={SETTINGS: settings_digest(adapter.config)})
@@ -110,8 +109,9 @@ def load_adapter(name: str | Path, cls: type[A], *, revision: str | None = None)
     if settings != settings_digest(config):  # a threshold that was raised would switch protection off
         raise AdapterFileError(f"{folder / CONFIG_NAME} holds other settings than were saved; fetch the adapter again.")
     adapter = cls(config)
-    if "sketch" in tensors:
-        adapter.sketch = torch.zeros_like(tensors["sketch"])
+    for name in ("sketch", "residuals"):  # as many as there are
+        if name in tensors:
+            setattr(adapter, name, torch.zeros_like(tensors[name]))
     try:
         adapter.load_state_dict(tensors)
     except RuntimeError as error:

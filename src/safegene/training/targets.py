@@ -18,7 +18,7 @@ from safegene.training.data import Pair
 from safegene.training.talks import Talk
 
 STRENGTH_RANGE = (0.7, 2.2)
-"""α in training: calibration raises it on fine-tunes that pull harder (see `safegene.calibration`)."""
+"""α in training: a refusal has to hold where a model pulls harder or less than the base."""
 
 DECISION_TOKENS = 5
 """Whether an answer refuses is settled by its first tokens: rows cut there cost a third, and show three times the variety."""

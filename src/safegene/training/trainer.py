@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from safegene import models
 from safegene.adapter import SafetyAdapter
 from safegene.attach import Handle
-from safegene.calibration import Calibration, anchor_scores, boundary, labelled, refused
+from safegene.calibration import Calibration, anchor_scores, boundary, labelled
 from safegene.config import AdapterConfig, Anchor, AnchorLabel
 from safegene.errors import DataError
 from safegene.features import at_prompt_end, end_of_turn, read_anchors
@@ -28,6 +28,7 @@ from safegene.gate import Gate
 from safegene.outputs import write_whole
 from safegene.progress import Progress, silent
 from safegene.realignment import Realignment
+from safegene.refusals import record, refused
 from safegene.training import contamination, data, openings
 from safegene.training.arguments import TrainingArguments
 from safegene.training.card import model_card
@@ -88,14 +89,14 @@ def train(
     if clash := contamination.overlap(texts, contamination.shipped() | contamination.digests(evaluation_prompts)):
         raise DataError(f"{len(clash)} training texts contain evaluation prompts ('{clash[0][:60]}…'); remove them.")
     targets_said = [line for lines in data.refusals().values() for line in lines]  # checked before any work is done
-    record = {
+    settings = {
         **asdict(arguments), "data": data.fingerprint(texts), "pairs": len(pairs),
         "targets": data.fingerprint([*targets_said, *openings.OPENINGS]),
     }  # fmt: skip
     # The first process makes what all of them read, and the others wait for it longer than they are wont to.
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=LONGEST_STAGE)
     with state.main_process_first():
-        _claim(out, json.loads(json.dumps(record)))
+        _claim(out, json.loads(json.dumps(settings)))
 
     own_device = str(state.device) if state.num_processes > 1 else None
     loaded = models.load(arguments.model, dtype=getattr(torch, arguments.dtype), device=own_device)
@@ -154,6 +155,7 @@ def train(
     adapter.cpu()  # the Trainer moved the interventions to its device; calibration is read beside them
     with variant(model, BASE):
         handle = Handle(model, adapter, Calibration.of_base(adapter))
+        record(handle, tokenizer)
         adapter.config = replace(adapter.config, refused=refused(model, tokenizer, adapter.config))
         handle.detach()
     counts = {

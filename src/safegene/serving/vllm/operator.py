@@ -43,7 +43,7 @@ def read_gate(
 
 def turn(
     hidden: Tensor, residual: Tensor, g: Tensor, down: Tensor, bias: Tensor, up: Tensor, wish: Tensor, wish_bias: Tensor,
-    strength: Tensor,
+    strength: Tensor, lead: Tensor, back: Tensor, offset: Tensor,
 ) -> None:  # fmt: skip
     """One intervention, in place.
 
@@ -51,7 +51,7 @@ def turn(
     the core returned, which a difference added to `hidden` would not give. Where it is shut, neither is written.
     """
     opened = g[: hidden.shape[0]]
-    weights = Correction(down, bias, up, wish, wish_bias, strength)
+    weights = Correction(down, bias, up, wish, wish_bias, strength, lead, back, offset)
     if hidden.device.type == "cpu":
         # One look at where it is open is cheaper than adding nothing there; elsewhere it would wait for the device.
         at = (opened[:, 0] > 0).nonzero()[:, 0]
@@ -70,7 +70,7 @@ _library.define(
 )
 _library.define(
     "turn(Tensor(a!) hidden, Tensor(b!) residual, Tensor g, Tensor down, Tensor bias, Tensor up, Tensor wish, Tensor wish_bias, "
-    "Tensor strength) -> ()"
+    "Tensor strength, Tensor lead, Tensor back, Tensor offset) -> ()"
 )
 for _name, _function in (("read_gate", read_gate), ("turn", turn)):
     _library.impl(_name, _function, "CompositeExplicitAutograd")

@@ -54,7 +54,7 @@ class Station(nn.Module):
         if self.turns:
             torch.ops.safegene.turn(
                 hidden, residual, self.g, self.turn_down, self.turn_bias, self.turn_up, self.turn_wish, self.turn_wish_bias,
-                self.turn_strength,
+                self.turn_strength, self.turn_lead, self.turn_back, self.turn_offset,
             )  # fmt: skip
 
 
@@ -104,7 +104,7 @@ class Protected(nn.Module):
         keep their names and the compiler finds one source for each buffer."""
         adapter, calibration = self.armament.adapter, self.armament.calibration
         config, k = adapter.config, len(adapter.config.gate_layers)
-        wanted = sorted({*config.gate_layers, *config.intervention_layers})
+        wanted = sorted({*config.gate_layers, *config.corrected_layers})
         here = [layer for layer in wanted if self.model.start_layer <= layer < self.model.end_layer]
         if here and here != wanted:
             raise AttachError(
@@ -113,19 +113,15 @@ class Protected(nn.Module):
         gate = fold_gate(adapter, calibration).to(device)
         inner = torch.zeros(tokens, config.gate_width, dtype=torch.float32, device=device)
         g = torch.zeros(tokens, 1, dtype=torch.float32, device=device)
-        parts: dict[str, Any] = dict(adapter.interventions.items())
+        corrections = calibration.corrections(adapter)
         stations = []
         for layer in here:
             own, turn = None, None
             index = config.gate_layers.index(layer) if layer in config.gate_layers else -1
             if index >= 0:
                 own = gate._replace(weight=(gate.weight[index],))
-            if layer in config.intervention_layers:
-                at = config.intervention_layers.index(layer)
-                turn = parts[str(layer)].correction(
-                    calibration.down[at], calibration.down_bias[at], calibration.strength
-                )
-                turn = turn.to(device)
+            if layer in corrections:
+                turn = corrections[layer].to(device)
             module = self.model.layers[layer]
             if not issubclass(self.layer_class, type(module)):
                 raise AttachError(

@@ -29,8 +29,8 @@ class Extension:
         config = protected.armament.adapter.config
         read = sum(station.reads for station in protected.stations)
         turned = sum(station.turns for station in protected.stations)
-        if (read, turned) not in ((len(config.gate_layers), len(config.intervention_layers)), (0, 0)):
-            raise AttachError(f"{read} gate layers and {turned} interventions are in place; report this.")
+        if (read, turned) not in ((len(config.gate_layers), len(config.corrected_layers)), (0, 0)):
+            raise AttachError(f"{read} gate layers and {turned} corrections are in place; report this.")
         return {"armament": protected.armament.digest, "accepted": protected.accepted, "stations": read + turned}
 
     def safegene_shut(self) -> None:
