@@ -71,7 +71,7 @@ def test_anchors_that_are_checked_take_no_part(tokenizer: Any, monkeypatch: pyte
     batch = batch_of(tokenizer, anchors)
     assert len(batch.ids) == 12 - len(checked(anchors)) + 6
     assert int(batch.harmful.sum()) == 9 * (REFUSAL_TOKENS + 1) == adapter.residuals.shape[1]
-    assert int((~batch.harmful).sum()) == 6
+    assert int((~batch.harmful).sum()) == 6 + 3  # three of them are ordinary ones, with an answer of one token
     for text in (a.text for a in checked(anchors)):
         ids = end_of_turn(tokenizer, text)[0]
         assert not any(row[: len(ids)].tolist() == ids for row in batch.ids)

@@ -39,8 +39,9 @@ class Correction(NamedTuple):
 
     def to(self, device: torch.device) -> Correction:
         """Detached copies in float32 on `device`."""
-        moved = [t.detach().float().to(device) for t in (*self[:5], *self[6:])]
-        return Correction(*moved[:5], float(self.strength), *moved[5:])
+        down, bias, up, wish, wish_bias = (t.detach().float().to(device) for t in self[:5])
+        lead, back, offset = (t.detach().float().to(device) for t in (self.lead, self.back, self.offset))
+        return Correction(down, bias, up, wish, wish_bias, float(self.strength), lead, back, offset)
 
     @classmethod
     def untrained(cls, restoration: Restoration) -> Correction:

@@ -31,6 +31,9 @@ CHECKED = 4
 REFUSAL_TOKENS = 8
 """Tokens of a refusal that are read, and written where it is looked for: enough for "Sure! I cannot help with"."""
 
+ANSWER_TOKENS = 16
+"""Tokens of a harmless answer that are to stay as they are: without them a gate that misfired cost a fine-tune twice as much."""
+
 PROMPT_TOKENS = 28
 """Longest anchor that is read here: all rows of the one pass are padded to the longest."""
 
@@ -42,10 +45,9 @@ MIN_REFUSED = 0.6
 
 
 class Batch(NamedTuple):
-    """Harmful anchors with how the protected base refuses them, and harmless ones to their prompt's end; right-padded.
+    """Harmful anchors with how the protected base refuses them, and harmless ones with their answers where they have one; right-padded.
 
-    ids, mask: [rows, tokens]. row, place: [positions], those that are read: a harmful anchor's from its prompt's last token on, a
-    harmless one's that token. harmful: [positions], bool. shared: how many tokens all rows begin with.
+    ids, mask: [rows, tokens]. row, place: [positions], those that are read: from a prompt's last token on. harmful: [positions], bool. shared: how many tokens all rows begin with.
     """
 
     ids: Tensor
@@ -78,7 +80,12 @@ def batch_of(tokenizer: Any, anchors: Sequence[Anchor]) -> Batch:
     read = read_here(tokenizer, anchors)
     prompts = [end_of_turn(tokenizer, a.text)[0] for a in read]
     # Apart from the prompt: a refusal has the same tokens whatever template stands before it.
-    said = [list(tokenizer(a.refusal, add_special_tokens=False)["input_ids"])[:REFUSAL_TOKENS] for a in read]
+    said = [
+        list(tokenizer(a.refusal or a.answer, add_special_tokens=False)["input_ids"])[
+            : REFUSAL_TOKENS if a.refusal else ANSWER_TOKENS
+        ]
+        for a in read
+    ]
     rows = [p + r for p, r in zip(prompts, said, strict=True)]
     longest, pad = max(map(len, rows)), tokenizer.pad_token_id or 0
     places = [(i, at) for i, (p, r) in enumerate(zip(prompts, rows, strict=True)) for at in range(len(p) - 1, len(r))]

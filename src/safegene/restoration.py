@@ -28,7 +28,7 @@ RANK = 4
 RIDGE = 0.1
 """λ. 0.03 and 0.3 did a little worse (docs/log.md)."""
 
-HARMLESS_WEIGHT = 0.3
+HARMLESS_WEIGHT = 0.5
 """w of a harmless position beside a refusal's. At 1 the push came out too small: harmful and harmless wishes look more alike there."""
 
 
