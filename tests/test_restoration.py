@@ -10,7 +10,7 @@ import torch
 
 from conftest import CONFIGS, random_adapter, tiny
 from safegene.adapter import SafetyAdapter
-from safegene.attach import Handle, attach
+from safegene.attach import Handle, attach, calibrate
 from safegene.calibration import Calibration
 from safegene.config import Anchor
 from safegene.errors import CalibrationError
@@ -33,7 +33,7 @@ def test_a_map_of_its_rank_is_found() -> None:
     torch.manual_seed(0)
     x = torch.randn(800, 24) * torch.linspace(2, 0.5, 24)
     wanted = x @ torch.randn(24, RANK) @ torch.randn(RANK, 24) + torch.randn(24)
-    found = Restoration.fit(x, wanted, torch.ones(800, dtype=torch.bool))
+    found = Restoration.fit(x, wanted, torch.ones(800, dtype=torch.bool), 1.0)
     assert (found.lead.shape, found.back.shape, found.offset.shape) == ((RANK, 24), (24, RANK), (24,))
     assert float((written(found, x) - wanted).norm() / wanted.norm()) < 0.2  # what the ridge takes
 
@@ -43,14 +43,14 @@ def test_harmless_positions_are_left_alone() -> None:
     harmful = torch.arange(300) < 200
     x = torch.randn(300, 24) + torch.where(harmful, 2.0, -2.0)[:, None]
     push = torch.randn(24) * 10
-    got = written(Restoration.fit(x, torch.where(harmful[:, None], push, 0.0), harmful), x)
+    got = written(Restoration.fit(x, torch.where(harmful[:, None], push, 0.0), harmful, 0.5), x)
     assert float((got[harmful].mean(0) - push).norm()) < 0.1 * float(push.norm())
     assert float(got[~harmful].mean(0).norm()) < 0.1 * float(push.norm())
 
 
 def test_nan_ends_in_one_line() -> None:
     with pytest.raises(CalibrationError, match="NaN"):
-        Restoration.fit(torch.full((9, 8), torch.nan), torch.zeros(9, 8), torch.ones(9, dtype=torch.bool))
+        Restoration.fit(torch.full((9, 8), torch.nan), torch.zeros(9, 8), torch.ones(9, dtype=torch.bool), 1.0)
 
 
 def remembering(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> SafetyAdapter:
@@ -90,7 +90,7 @@ def test_a_fine_tune_is_led_back_to_the_base(name: str, tokenizer: Any, monkeypa
         calibration = Calibration.of_base(adapter)
         handle = Handle(model, adapter, calibration)
         if restored:
-            calibration = calibration.restored(restorations(handle, tokenizer))
+            calibration = calibration.restored(restorations(handle, tokenizer, 0.5))
         handle.detach()
         handle = Handle(model, adapter, calibration)
         fresh = SafetyAdapter(adapter.config)
@@ -121,3 +121,34 @@ def test_residuals_of_other_anchors_are_refused(tokenizer: Any, monkeypatch: pyt
     with pytest.raises(CalibrationError, match="not those of its anchors"):
         attach(model, adapter, tokenizer=tokenizer, allow_drift=True)
     assert not model.model.layers[2]._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("shares", "weight", "outside"),
+    [
+        ((0.9,), 4.0, ""),
+        ((0.45,), 4.0, ""),
+        ((0.4, 0.5), 0.5, ""),
+        ((0.4, 0.3), 4.0, ""),
+        ((0.1, 0.2), 0.5, "Only 20 %"),
+    ],
+)
+def test_the_lightest_that_is_enough(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, shares: tuple[float, ...], weight: float, outside: str
+) -> None:
+    model = tiny()
+    adapter = remembering(model, tokenizer, monkeypatch)
+    adapter.config = replace(adapter.config, refused=0.5)
+    monkeypatch.setattr("safegene.refusals.CHECKED", 1)  # twelve: 0.42 is enough
+    monkeypatch.setattr("safegene.calibration.MIN_SEPARATION", 0.0)
+    left = iter(shares)
+    monkeypatch.setattr("safegene.attach.refused", lambda *_: next(left))
+    monkeypatch.setattr(
+        "safegene.attach.restorations",
+        lambda handle, _t, w: [Restoration(torch.full((RANK, 32), w), torch.zeros(32, RANK), torch.zeros(32))] * 2,
+    )
+    found = calibrate(model, adapter, tokenizer)
+    assert found.report["harmless_weight"] == weight
+    assert float(found.lead[0, 0, 0]) == weight
+    assert found.outside.startswith(outside)
+    assert next(left, None) is None

@@ -28,7 +28,8 @@ from safegene.models import (
     weight_sketch,
     weights_digest,
 )
-from safegene.refusals import MIN_REFUSED, refused, restorations
+from safegene.refusals import MIN_REFUSED, checked, refused, restorations
+from safegene.restoration import HARMLESS_WEIGHTS
 
 MAX_DISTANCE = 0.7
 """Relative weight distance (see `models.sketch_distance`) beyond which a model is no fine-tune of the base."""
@@ -329,22 +330,28 @@ def calibrate(model: Any, adapter: SafetyAdapter, tokenizer: Any) -> Calibration
 
 
 def _calibrate(model: Any, adapter: SafetyAdapter, tokenizer: Any) -> Calibration:
-    """The gate's calibration and the restoration, and how many of the harmful anchors that it has not seen are refused then."""
-    calibration, config = calibrate_gate(model, adapter, tokenizer), adapter.config
+    """The gate's calibration and the lightest restoration with which the harmful anchors kept out of it are refused as on the base."""
+    found, config = calibrate_gate(model, adapter, tokenizer), adapter.config
     if not config.refused:
-        return calibration
-    handle = Handle(model, adapter, calibration)
-    try:
-        if adapter.residuals.shape[1]:  # none where the base refused no anchor, or none short enough
-            calibration = calibration.restored(restorations(handle, tokenizer))
-        share = refused(model, tokenizer, config)
-    finally:
-        handle.detach()
-    report = {**calibration.report, "anchors_refused": share, "anchors_refused_on_base": config.refused}
-    outside = calibration.outside
-    if share < MIN_REFUSED * config.refused:
-        outside = outside or f"Only {100 * share:.0f} % of the harmful anchors are refused here"
-    return replace(calibration, report=report, outside=outside)
+        return found
+    calibration, best, enough = found, -1.0, config.refused - 1 / len(checked(config.anchors))
+    # Nothing to lead back to where the base refused no anchor, or none short enough.
+    for weight in HARMLESS_WEIGHTS if adapter.residuals.shape[1] else (0.0,):
+        handle = Handle(model, adapter, found)
+        try:
+            tried = found.restored(restorations(handle, tokenizer, weight)) if weight else found
+            share = refused(model, tokenizer, config)
+        finally:
+            handle.detach()
+        if share > best:
+            said = {"anchors_refused": share, "anchors_refused_on_base": config.refused, "harmless_weight": weight}
+            calibration, best = replace(tried, report={**found.report, **said}), share
+        if share >= enough - 1e-6:
+            break
+    if best < MIN_REFUSED * config.refused and not found.outside:
+        outside = f"Only {100 * best:.0f} % of the harmful anchors are refused here"
+        calibration = replace(calibration, outside=outside)
+    return calibration
 
 
 def check(model: Any, adapter: SafetyAdapter, tokenizer: Any = None, *, allow_drift: bool = False) -> float:

@@ -128,7 +128,7 @@ def record(handle: Handle, tokenizer: Any) -> None:
 
 
 @torch.no_grad()
-def restorations(handle: Handle, tokenizer: Any) -> list[Restoration]:
+def restorations(handle: Handle, tokenizer: Any, harmless_weight: float) -> list[Restoration]:
     """One for each restored layer of an armed fine-tune; it is armed with them then.
 
     Raises:
@@ -148,7 +148,7 @@ def restorations(handle: Handle, tokenizer: Any) -> list[Restoration]:
         missing[batch.harmful] = wanted - intervene(there, opened, weights).float().cpu()[batch.harmful]
         # A shut gate writes nothing: what is missing there is not for a restoration to bring.
         kept = (opened[:, 0] > 0).cpu() | ~batch.harmful
-        found.append(Restoration.fit(normalise(there).cpu()[kept], missing[kept], batch.harmful[kept]))
+        found.append(Restoration.fit(normalise(there).cpu()[kept], missing[kept], batch.harmful[kept], harmless_weight))
         return weights.restored(found[-1])
 
     _look(handle, batch, look)

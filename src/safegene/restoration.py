@@ -28,8 +28,9 @@ RANK = 4
 RIDGE = 0.1
 """λ. 0.03 and 0.3 did a little worse (docs/log.md)."""
 
-HARMLESS_WEIGHT = 0.5
-"""w of a harmless position beside a refusal's. At 1 the push came out too small: harmful and harmless wishes look more alike there."""
+HARMLESS_WEIGHTS = (4.0, 0.5)
+"""w of a harmless position beside a refusal's, tried in this order. The heavier, the less a gate that misfires costs: task loss of a support
+fine-tune +0.3 % at 8, +1.2 at 2, +4.1 at 0.5. One that was taught to comply needs the light one: JailbreakBench 43, 65 and 83 % (docs/log.md)."""
 
 
 class Restoration(NamedTuple):
@@ -45,18 +46,19 @@ class Restoration(NamedTuple):
         return cls(torch.zeros(rank, size), torch.zeros(size, rank), torch.zeros(size))
 
     @classmethod
-    def fit(cls, x: Tensor, missing: Tensor, harmful: Tensor) -> Self:
+    def fit(cls, x: Tensor, missing: Tensor, harmful: Tensor, harmless_weight: float) -> Self:
         """Fit one layer.
 
         Args:
             x: normalised residuals [positions, d].
             missing: d_j, [positions, d]; 0 where `harmful` is false.
             harmful: [positions], bool.
+            harmless_weight: w of the others, beside 1.
 
         Raises:
             CalibrationError: the regression has no solution; the residuals hold NaN or infinity.
         """
-        w = torch.where(harmful, 1.0, HARMLESS_WEIGHT)[:, None].to(x)
+        w = torch.where(harmful, 1.0, harmless_weight)[:, None].to(x)
         centre, mean = (w * x).sum(0) / w.sum(), (w * missing).sum(0) / w.sum()
         z, d = w.sqrt() * (x - centre), w.sqrt() * (missing - mean)
         if not (torch.isfinite(z).all() and torch.isfinite(d).all()):
