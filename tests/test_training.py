@@ -24,6 +24,7 @@ from safegene.errors import DataError
 from safegene.gate import Gate
 from safegene.progress import silent
 from safegene.realignment import Realignment
+from safegene.refusals import REFUSAL_TOKENS
 from safegene.training import contamination, data, openings
 from safegene.training.arguments import TrainingArguments
 from safegene.training.finetune import finetune, on_one_device, thaw
@@ -91,7 +92,10 @@ def test_train_attach_and_go_on_after_a_kill(
     def never(*_args: Any, **_options: Any) -> None:
         raise AssertionError("a finished stage ran again")
 
-    monkeypatch.setattr(models, "generate", never)
+    generate = models.generate  # how the anchors are refused is looked at again at every end, as `refused` is
+    monkeypatch.setattr(
+        models, "generate", lambda m, t, prompts, n: generate(m, t, prompts, n) if n == REFUSAL_TOKENS else never()
+    )
     monkeypatch.setattr("safegene.training.shadows.tune", never)
     monkeypatch.setattr("safegene.training.trainer.boundary", never)
     again = train(arguments, tmp_path / "out")
