@@ -67,6 +67,6 @@ def test_a_refused_attachment_counts_as_no_protection_and_is_forced_beside(
         assert figures["forced"]["n"] == 2
         assert not any(figures["with_safe"].values())
     kept = json.loads((place / "sure" / "digest" / "run.json").read_text())
-    (place / "sure" / "digest" / "run.json").write_text(json.dumps({**kept, "strength": 9.0}))
-    with pytest.raises(DataError, match="strength differ"):
+    (place / "sure" / "digest" / "run.json").write_text(json.dumps({**kept, "harmless_weight": 9.0}))
+    with pytest.raises(DataError, match="harmless_weight differ"):
         study.measure(asked, {"Alpaca": [], "XSTest safe": []}, None, place, 2)

@@ -107,7 +107,7 @@ class Calibration:
         return replace(self, lead=lead, back=back, offset=offset)
 
     def corrections(self, adapter: SafetyAdapter) -> dict[int, Correction]:
-        """Weights of every corrected layer on this checkpoint."""
+        """Weights of every corrected layer on this checkpoint, by layer, from the lowest up."""
         config, found = adapter.config, {}
         parts: dict[str, Any] = dict(adapter.interventions.items())
         restorations = {

@@ -101,7 +101,8 @@ def batch_of(tokenizer: Any, anchors: Sequence[Anchor]) -> Batch:
 
 @torch.no_grad()
 def record(handle: Handle, tokenizer: Any) -> None:
-    """Let the armed base refuse its anchors, and keep in the adapter how, and in which residuals."""
+    """Let the armed base refuse its anchors, and keep in the adapter how, and in which residuals: texts in `config.anchors`, and
+    `residuals` [restored layers, positions, d]; none where it refuses none of those that are short enough."""
     adapter, kept = handle.adapter, []
     texts = iter(
         models.generate(
@@ -131,6 +132,9 @@ def record(handle: Handle, tokenizer: Any) -> None:
 def restorations(handle: Handle, tokenizer: Any, harmless_weight: float) -> list[Restoration]:
     """One for each restored layer of an armed fine-tune; it is armed with them then.
 
+    Args:
+        harmless_weight: weight of a harmless position beside 1 of a refusal's.
+
     Raises:
         CalibrationError: the residuals are not those of the adapter's anchors, or the model's are NaN.
     """
@@ -144,7 +148,7 @@ def restorations(handle: Handle, tokenizer: Any, harmless_weight: float) -> list
             return weights
         there, opened = batch.read(hidden), batch.read(g.to(hidden.device))
         missing = torch.zeros(there.shape)
-        wanted = adapter.residuals[len(found)].float()
+        wanted = adapter.residuals[len(found)].float().cpu()  # wherever the adapter was moved
         missing[batch.harmful] = wanted - intervene(there, opened, weights).float().cpu()[batch.harmful]
         # A shut gate writes nothing: what is missing there is not for a restoration to bring.
         kept = (opened[:, 0] > 0).cpu() | ~batch.harmful
@@ -194,7 +198,9 @@ def refused(model: Any, tokenizer: Any, config: AdapterConfig, batch_size: int =
         CalibrationError: the model cannot generate, or the adapter carries no harmful anchors.
     """
     if not callable(getattr(model, "generate", None)):
-        raise CalibrationError("The model cannot generate, so its strength cannot be set; pass a saved calibration.")
+        raise CalibrationError(
+            "The model cannot generate, so nothing tells whether it refuses; pass a saved calibration."
+        )
     chats = [end_of_turn(tokenizer, a.text)[0] for a in checked(config.anchors)]
     if not chats:
         raise CalibrationError("The adapter carries no harmful anchors; train it again.")

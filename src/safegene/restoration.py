@@ -42,12 +42,12 @@ class Restoration(NamedTuple):
 
     @classmethod
     def none(cls, size: int, rank: int = 0) -> Self:
-        """The base's own: nothing is missing."""
+        """The base's own: nothing is missing. `size`: d; `rank`: k."""
         return cls(torch.zeros(rank, size), torch.zeros(size, rank), torch.zeros(size))
 
     @classmethod
     def fit(cls, x: Tensor, missing: Tensor, harmful: Tensor, harmless_weight: float) -> Self:
-        """Fit one layer.
+        """Fit one layer. At most RANK of k, less where d or the positions are fewer.
 
         Args:
             x: normalised residuals [positions, d].
@@ -56,7 +56,7 @@ class Restoration(NamedTuple):
             harmless_weight: w of the others, beside 1.
 
         Raises:
-            CalibrationError: the regression has no solution; the residuals hold NaN or infinity.
+            CalibrationError: the residuals hold NaN or infinity.
         """
         w = torch.where(harmful, 1.0, harmless_weight)[:, None].to(x)
         centre, mean = (w * x).sum(0) / w.sum(), (w * missing).sum(0) / w.sum()

@@ -34,7 +34,7 @@ class Adapter(Method):
 
 
 class Uncalibrated(Method):
-    """The same adapter with the base's thresholds, features and strength."""
+    """The same adapter with the base's threshold and features, nothing restored."""
 
     name = "uncalibrated"
     source = "this project, calibration off"

@@ -158,8 +158,11 @@ class _Variant:
             handle = attach(self.model, self.gene, tokenizer=self.tokenizer, allow_drift=True)
         found |= {"attach_seconds": time.perf_counter() - start, "refused_to_attach": refused}
         found["calibration"] = handle.calibration.report
-        # Answers that were kept under another threshold or strength are another run's.
-        at = {"threshold": round(handle.calibration.threshold, 1), "strength": round(handle.calibration.strength, 2)}
+        # Answers that were kept under another threshold or restoration are another run's.
+        at = {
+            "threshold": round(handle.calibration.threshold, 1),
+            "harmless_weight": handle.calibration.report.get("harmless_weight", 0.0),
+        }
         runner.claim(self.out / self.digest, at)
         return handle, refused
 

@@ -18,7 +18,8 @@ Attach it to {base} or to a fine-tune of it; no training there:
 handle = safegene.attach(model, safegene.SafetyAdapter.from_pretrained("..."), tokenizer=tokenizer)
 ```
 
-- {parameters:,} parameters: a gate that reads layers {gate} and rank-{rank} interventions at layers {interventions}.
+- {parameters:,} parameters: a gate that reads layers {gate} and rank-{rank} interventions at layers {interventions}; on a fine-tune
+  layers {restored} are led back to the base's.
 - Trained on {whose} ({pairs:,} framed pairs of a harmful request and its harmless twin, {conversations} pairs of
   conversations, {ordinary:,} ordinary requests, {refusals} refusals) and on the base's own answers to harmless requests. No evaluation prompt.
 - {shadows}
@@ -46,7 +47,7 @@ def model_card(
     )
     return _CARD.format(
         base=config.base_model, hub_id=hub_id, parameters=adapter.parameter_count(), gate=", ".join(map(str, config.gate_layers)),
-        rank=config.rank, interventions=", ".join(map(str, config.intervention_layers)), whose=added, **counts,
+        restored=", ".join(map(str, config.restored_layers)), rank=config.rank, interventions=", ".join(map(str, config.intervention_layers)), whose=added, **counts,
         shadows=f"Drift in training: {shadows} shadow fine-tunes." if shadows else "No drift augmentation.",
         harmful=share("harmful"), twin=share("twin"), ordinary_opened=share("ordinary"),
     )  # fmt: skip
